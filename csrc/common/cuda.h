@@ -1,0 +1,37 @@
+// What every csrc/<room>/sm90.cu starts from: tensors of the stable ABI, the current stream, launch
+// errors.
+//
+// Only the launch functions of a .cu file see torch types; kernels take a POD Params struct
+// (csrc/<room>/params.h).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace dsa {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline cudaStream_t current_stream(const Tensor& like) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(const char* kernel) {
+    const cudaError_t error = cudaGetLastError();
+    STD_TORCH_CHECK(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
+}
+
+}  // namespace dsa

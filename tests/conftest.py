@@ -1,0 +1,94 @@
+"""Test settings shared by every room: Triton's interpreter without a GPU, poisoned memory, devices and tiers."""
+
+import os
+import zlib
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+
+import numpy
+import pytest
+from hypothesis import HealthCheck, settings
+
+import dsa_kernels
+
+settings.register_profile(
+    "dsa", deadline=None, max_examples=25, derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+settings.load_profile("dsa")
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_generate_tests(metafunc):
+    """A test with the argument `tier` runs once per implementation that can run on this machine.
+
+    `@pytest.mark.parametrize` is not needed: the room's ops and their tables are the source. The module names its op
+    in OP. The tier "reference" is left out: it is what the others are compared with.
+    """
+    if "tier" not in metafunc.fixturenames:
+        return
+    op = dsa_kernels.registered_ops()[metafunc.module.OP]
+    cases = []
+    for row in op.table:
+        if row.tier == "reference":
+            continue
+        device = (
+            "cpu"
+            if row.tier == "cpu" or (row.tier == "triton" and "cuda" not in DEVICES)
+            else "cuda"
+        )
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        cases.append(pytest.param((row.tier, device), id=f"{row.tier}-{device}", marks=marks))
+    metafunc.parametrize("tier", cases, indirect=True)
+
+
+class Tier:
+    """An implementation under test: `with tier: ...` forces it, `tier.device` is where its tensors live."""
+
+    def __init__(self, name, device):
+        self.name, self.device = name, torch.device(device)
+        self.interpreted = name == "triton" and device == "cpu"
+
+    def __enter__(self):
+        self._use = dsa_kernels.use(self.name)
+        self._use.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._use.__exit__(*error)
+
+
+@pytest.fixture
+def tier(request):
+    return Tier(*request.param)
+
+
+@pytest.fixture(autouse=True)
+def fresh_random_numbers(request):
+    """A seed per test, printed on failure, so that a red test can be repeated."""
+    seed = int(os.environ.get("DSA_TEST_SEED", 0)) or zlib.crc32(request.node.nodeid.encode())
+    print(f"DSA_TEST_SEED={seed}")
+    torch.manual_seed(seed)
+    numpy.random.seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills `torch.empty` with NaN (floats) or the largest value (integers): unwritten outputs show."""
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

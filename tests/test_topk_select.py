@@ -1,0 +1,192 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dsa_kernels
+from dsa_kernels.topk_select.reference import topk_select as reference
+
+OP = "topk_select"
+
+
+def hard_rows(width):
+    """Rows made to break a selection, [R, width]."""
+    x = torch.randn(width)
+    plateau = torch.where(torch.rand(width) < 2 / 3, 0.0, torch.rand(width) * 1e-3)
+    special = x.clone()
+    special[::7], special[1::7], special[2::7] = torch.inf, -torch.inf, torch.nan
+    last_bit = (
+        torch.ones(width)
+        .view(torch.int32)
+        .add(torch.randint(0, 2, (width,)).int())
+        .view(torch.float32)
+    )
+    zeros = torch.where(torch.rand(width) < 0.5, 0.0, -0.0)
+    return torch.stack([
+        x, torch.zeros(width), plateau, special, last_bit, zeros, torch.sign(x), torch.arange(width).float(),
+        -torch.arange(width).float(), torch.full((width,), torch.nan), torch.full((width,), -torch.inf),
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "width, topk", [(1, 1), (7, 3), (100, 100), (100, 128), (1000, 37), (5000, 2048)]
+)
+def test_equals_stable_sort(tier, width, topk):
+    scores = hard_rows(width).to(tier.device)
+    with tier:
+        indices = dsa_kernels.topk_select(scores, topk)
+    torch.testing.assert_close(indices, reference(scores, topk, None, None), rtol=0, atol=0)
+
+
+def test_survivors_beyond_the_buffer(tier):
+    """Descending blocks: every group maximum is in the first block, so nearly the whole row passes the bound."""
+    scores = torch.rand(1, 20_000)
+    scores[:, ::1024] -= 5
+    scores[:, 1::2] -= 5  # half of the groups hold only small scores
+    scores = scores.to(tier.device)
+    with tier:
+        indices = dsa_kernels.topk_select(scores, 700)
+    torch.testing.assert_close(indices, reference(scores, 700, None, None), rtol=0, atol=0)
+
+
+def test_topk_above_the_number_of_groups(tier):
+    scores = torch.randn(1, 12_000, device=tier.device)
+    with tier:
+        indices = dsa_kernels.topk_select(scores, 9000)
+    torch.testing.assert_close(indices, reference(scores, 9000, None, None), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_starts_and_lengths(tier, dtype):
+    scores = torch.randn(8, 300, device=tier.device).to(dtype)
+    starts = torch.tensor([0, 10, 299, 300, -5, 400, 50, 0], dtype=torch.int32, device=tier.device)
+    lengths = torch.tensor([300, 20, 1, 5, 7, 3, 10_000, -4], dtype=torch.int32, device=tier.device)
+    with tier:
+        indices = dsa_kernels.topk_select(scores, 16, starts=starts, lengths=lengths)
+    torch.testing.assert_close(indices, reference(scores, 16, starts, lengths), rtol=0, atol=0)
+    assert (indices[5] == -1).all() and (indices[7] == -1).all()
+
+
+@given(st.data())
+def test_property(tier, data):
+    rows = data.draw(st.integers(0, 4), "rows")
+    width = data.draw(st.integers(0, 400), "width")
+    topk = data.draw(st.integers(1, 64), "topk")
+    values = data.draw(st.sampled_from([2, 5, 1000]), "distinct values")
+    extreme = st.integers(-(2**31), 2**31 - 1)
+    near = st.integers(-3, width + 3)
+    starts = data.draw(st.lists(near | extreme, min_size=rows, max_size=rows), "starts")
+    lengths = data.draw(st.lists(near | extreme, min_size=rows, max_size=rows), "lengths")
+    scores = torch.randint(0, values, (rows, width), device=tier.device).float()
+    starts = torch.tensor(starts, dtype=torch.int32, device=tier.device)
+    lengths = torch.tensor(lengths, dtype=torch.int32, device=tier.device)
+    with tier:
+        indices = dsa_kernels.topk_select(scores, topk, starts=starts, lengths=lengths)
+    torch.testing.assert_close(indices, reference(scores, topk, starts, lengths), rtol=0, atol=0)
+
+
+def test_row_stride(tier):
+    scores = torch.randn(6, 500, device=tier.device)[::2, 100:]
+    with tier:
+        indices = dsa_kernels.topk_select(scores, 50)
+    torch.testing.assert_close(indices, reference(scores, 50, None, None), rtol=0, atol=0)
+
+
+def test_a_perturbed_row_is_noticed(tier):
+    scores = torch.randn(4, 500, device=tier.device)
+    expected = reference(scores, 50, None, None)
+    scores[2, expected[2, 7]] = -10
+    with tier:
+        indices = dsa_kernels.topk_select(scores, 50)
+    assert (indices != expected).any(1).tolist() == [False, False, True, False]
+
+
+def test_same_bits_whatever_the_batch(tier):
+    scores = hard_rows(3000).to(tier.device)
+    with tier:
+        together = dsa_kernels.topk_select(scores, 100)
+        alone = torch.cat([dsa_kernels.topk_select(row[None], 100) for row in scores])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck(device):
+    lengths = torch.tensor([5, 90], dtype=torch.int32, device=device)
+    args = (torch.randn(2, 100, device=device), 8, None, lengths)
+    torch.library.opcheck(torch.ops.dsa_kernels.topk_select.default, args)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiles_without_a_graph_break(device):
+    scores = torch.randn(3, 200, device=device)
+    compiled = torch.compile(lambda s: dsa_kernels.topk_select(s * 2, 9) + 1, fullgraph=True)
+    assert torch.equal(compiled(scores), reference(scores, 9, None, None) + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_cuda_graph_replay_with_other_inputs(name):
+    scores = torch.randn(5, 4000, device="cuda")
+    lengths = torch.full((5,), 4000, dtype=torch.int32, device="cuda")
+    with dsa_kernels.use(name):
+        dsa_kernels.topk_select(scores, 64, lengths=lengths)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            indices = dsa_kernels.topk_select(scores, 64, lengths=lengths)
+    scores.copy_(torch.randn(5, 4000))
+    lengths.copy_(torch.tensor([0, 10, 64, 65, 3000]))
+    graph.replay()
+    assert torch.equal(indices, reference(scores, 64, None, lengths))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_offsets_past_2_31(name):
+    scores = torch.randn(1, 131_072, device="cuda").expand(20_000, -1)
+    scores = torch.as_strided(torch.randn(2**31 + 2**20, device="cuda"), (3, 2**19), (2**30, 1))
+    with dsa_kernels.use(name):
+        indices = dsa_kernels.topk_select(scores, 2048)
+    assert torch.equal(indices, reference(scores, 2048, None, None))
+
+
+@pytest.mark.gpu
+def test_cupy():
+    cupy = pytest.importorskip("cupy")
+    scores = torch.randn(3, 100, device="cuda")
+    assert torch.equal(
+        dsa_kernels.topk_select(cupy.from_dlpack(scores), 7), reference(scores, 7, None, None)
+    )
+
+
+def test_numpy():
+    scores = torch.randn(3, 100)
+    assert torch.equal(dsa_kernels.topk_select(scores.numpy(), 7), reference(scores, 7, None, None))
+
+
+BAD = {
+    "scores: expected float32 or bfloat16, got float64": lambda s: ((s.double(), 4), {}),
+    "scores: expected shape": lambda s: ((s[0], 4), {}),
+    "scores: expected the last dimension contiguous": lambda s: ((s.T, 4), {}),
+    "scores: expected a torch.Tensor": lambda s: (([1.0], 4), {}),
+    "topk: expected an integer >= 1, got 0": lambda s: ((s, 0), {}),
+    "starts: expected int32": lambda s: ((s, 4), {"starts": torch.zeros(3, device=s.device)}),
+    "starts: expected shape": lambda s: ((s, 4), {"starts": torch.zeros(2, dtype=torch.int32, device=s.device)}),
+    "lengths: expected shape": lambda s: ((s, 4), {"lengths": torch.zeros(1, 3, dtype=torch.int32, device=s.device)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["cpu", "fake", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message, mode):
+    def call():
+        scores = torch.randn(3, 10, device="cpu" if mode == "fake" else mode)
+        args, kwargs = BAD[message](scores)
+        return dsa_kernels.topk_select(*args, **kwargs)
+
+    with pytest.raises(ValueError, match=message):
+        if mode == "fake":
+            with torch._subclasses.FakeTensorMode():
+                call()
+        else:
+            call()
