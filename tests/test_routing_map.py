@@ -140,7 +140,7 @@ BAD = {
     "ids: expected shape": lambda ids: (ids[0], 8),
     "ids: expected the last dimension contiguous": lambda ids: (ids.T, 8),
     "ids: expected a torch.Tensor": lambda ids: ([[1]], 8),
-    "ids: expected fewer than 2": lambda ids: (ids[:1, :1].expand(2**20, 2**11).as_strided((2**20, 2**11), (0, 1)), 8),
+    "ids: expected at most 2": lambda ids: (ids[:1, :1].expand(2**20, 2**11).as_strided((2**20, 2**11), (0, 1)), 8),
     "num_experts: expected an integer >= 1 and <= 1024, got 0": lambda ids: (ids, 0),
     "num_experts: expected an integer >= 1 and <= 1024, got 1025": lambda ids: (ids, 1025),
 }  # fmt: skip

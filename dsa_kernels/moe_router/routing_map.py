@@ -39,7 +39,7 @@ def routing_map(ids: torch.Tensor, num_experts: int) -> RoutingMap:
         RoutingMap(offsets [E+1], row_token [T*K], slot_row [T, K]), all int32, contiguous, on the device of `ids`.
 
     Raises:
-        ValueError: an argument of the wrong dtype, shape, stride or device, num_experts out of range, or T*K >= 2^31.
+        ValueError: an argument of the wrong dtype, shape, stride or device, num_experts out of range, or T*K > 2^30.
 
     Exact; bitwise deterministic; no host sync; CUDA-graph safe; T = 0 gives offsets of zeros and empty maps; allocates
     the result, and on large inputs a histogram of at most 128 x E int32.
@@ -51,7 +51,7 @@ def _check(ids: torch.Tensor, num_experts: int) -> None:
     a = Arguments("routing_map")
     a.tensor("ids", ids, "T K", INT32)
     a.integer("num_experts", num_experts, 1, 1024)
-    a.require(a["T"] * a["K"] < 2**31, "ids", "fewer than 2^31 slots", list(ids.shape))
+    a.require(a["T"] * a["K"] <= 2**30, "ids", "at most 2^30 slots", list(ids.shape))
 
 
 def _fake(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -21,45 +21,45 @@ NUM_WARPS = 8
 
 
 @triton.jit
-def load_experts(ids, slot, n, topk, ids_stride, num_experts):
+def load_experts(ids, slot, n, ids_stride, num_experts, TOPK: tl.constexpr):
     """The expert of each slot, -1 where it is dropped."""
-    token = slot // topk
-    expert = tl.load(ids + token * ids_stride + (slot - token * topk), mask=slot < n, other=-1)
+    address = ids + (slot // TOPK).to(tl.int64) * ids_stride + slot % TOPK
+    expert = tl.load(address, mask=slot < n, other=-1)
     return tl.where((expert >= 0) & (expert < num_experts), expert, -1)
 
 
 @triton.jit
-def count_experts(ids, first, n, topk, ids_stride, num_experts, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-                  E: tl.constexpr):  # fmt: skip
-    """How many slots of [first, first + BLOCK) go to each expert, [E]."""
+def count_experts(ids, first, block_size, n, ids_stride, num_experts, TOPK: tl.constexpr,
+                  CHUNK: tl.constexpr, E: tl.constexpr):  # fmt: skip
+    """How many slots of [first, first + block_size) go to each expert, [E]."""
     experts = tl.arange(0, E)
     counts = tl.zeros([E], tl.int32)
-    for base in range(0, BLOCK, CHUNK):
+    for base in range(0, block_size, CHUNK):
         slot = first + base + tl.arange(0, CHUNK)
-        expert = load_experts(ids, slot, n, topk, ids_stride, num_experts)
+        expert = load_experts(ids, slot, n, ids_stride, num_experts, TOPK)
         counts += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), 0)
     return counts
 
 
 @triton.jit
-def routing_map_count_kernel(ids, histogram, n, topk, ids_stride, num_experts, BLOCK: tl.constexpr,
-                             CHUNK: tl.constexpr, E: tl.constexpr):  # fmt: skip
+def routing_map_count_kernel(ids, histogram, block_size, n, ids_stride, num_experts,
+                             TOPK: tl.constexpr, CHUNK: tl.constexpr, E: tl.constexpr):  # fmt: skip
     block = tl.program_id(0)
-    first = tl.cast(block, tl.int64) * BLOCK
-    counts = count_experts(ids, first, n, topk, ids_stride, num_experts, BLOCK, CHUNK, E)
+    first = block * block_size
+    counts = count_experts(ids, first, block_size, n, ids_stride, num_experts, TOPK, CHUNK, E)
     experts = tl.arange(0, E)
     tl.store(histogram + block * num_experts + experts, counts, mask=experts < num_experts)
 
 
 @triton.jit
-def routing_map_place_kernel(ids, histogram, offsets, row_token, slot_row, n, topk, ids_stride, num_experts,
-                             num_blocks, SINGLE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+def routing_map_place_kernel(ids, histogram, offsets, row_token, slot_row, block_size, n, ids_stride, num_experts,
+                             num_blocks, SINGLE: tl.constexpr, TOPK: tl.constexpr, CHUNK: tl.constexpr,
                              E: tl.constexpr):  # fmt: skip
     block = tl.program_id(0)
-    first = tl.cast(block, tl.int64) * BLOCK
+    first = block * block_size
     experts = tl.arange(0, E)
     if SINGLE:
-        total = count_experts(ids, first, n, topk, ids_stride, num_experts, BLOCK, CHUNK, E)
+        total = count_experts(ids, first, block_size, n, ids_stride, num_experts, TOPK, CHUNK, E)
         before = tl.zeros([E], tl.int32)
     else:
         total = tl.zeros([E], tl.int32)
@@ -80,14 +80,14 @@ def routing_map_place_kernel(ids, histogram, offsets, row_token, slot_row, n, to
 
     next_row = end - total + before  # of each expert, in this block
     num_rows = tl.sum(total)
-    for base in range(0, BLOCK, CHUNK):
+    for base in range(0, block_size, CHUNK):
         slot = first + base + tl.arange(0, CHUNK)
-        expert = load_experts(ids, slot, n, topk, ids_stride, num_experts)
+        expert = load_experts(ids, slot, n, ids_stride, num_experts, TOPK)
         one_hot = (expert[:, None] == experts[None, :]).to(tl.int32)  # [CHUNK, E]
         row = tl.sum(one_hot * (next_row[None, :] + tl.cumsum(one_hot, 0) - 1), 1)
         next_row += tl.sum(one_hot, 0)
         kept = expert >= 0
-        tl.store(row_token + row, (slot // topk).to(tl.int32), mask=kept)
+        tl.store(row_token + row, slot // TOPK, mask=kept)
         tl.store(slot_row + slot, tl.where(kept, row, -1), mask=slot < n)
         # The rows after the last one have no token; this chunk's share of them.
         tl.store(row_token + slot, tl.full([CHUNK], -1, tl.int32), mask=(slot >= num_rows) & (slot < n))  # fmt: skip
@@ -103,17 +103,16 @@ def routing_map(ids, num_experts):
     padded_experts = triton.next_power_of_2(num_experts)
     chunk = min(max(ONE_HOT // padded_experts, 16), MIN_BLOCK)
     single = n <= SINGLE_SLOTS
-    block = max(triton.next_power_of_2(n if single else triton.cdiv(n, MAX_BLOCKS)), chunk if single else MIN_BLOCK)  # fmt: skip
-    num_blocks = triton.cdiv(n, block)
-    sizes = dict(BLOCK=block, CHUNK=chunk, E=padded_experts, num_warps=NUM_WARPS)
+    block_size = n if single else max(triton.cdiv(n, MAX_BLOCKS), MIN_BLOCK)
+    block_size = triton.cdiv(block_size, chunk) * chunk
+    num_blocks = triton.cdiv(n, block_size)
+    problem = (block_size, n, ids.stride(0), num_experts)
+    sizes = dict(TOPK=topk, CHUNK=chunk, E=padded_experts, num_warps=NUM_WARPS)
     histogram = None
     if not single:
         histogram = torch.empty((num_blocks, num_experts), dtype=torch.int32, device=ids.device)
-        routing_map_count_kernel[(num_blocks,)](
-            ids, histogram, n, topk, ids.stride(0), num_experts, **sizes
-        )
+        routing_map_count_kernel[(num_blocks,)](ids, histogram, *problem, **sizes)
     routing_map_place_kernel[(num_blocks,)](
-        ids, histogram, offsets, row_token, slot_row, n, topk, ids.stride(0), num_experts, num_blocks,
-        SINGLE=single, **sizes,
-    )  # fmt: skip
+        ids, histogram, offsets, row_token, slot_row, *problem, num_blocks, SINGLE=single, **sizes
+    )
     return offsets, row_token, slot_row
