@@ -31,7 +31,10 @@ def test_every_room_has_its_files(room):
 
 
 def test_no_stray_rooms():
-    assert {path.split("/")[1] for path in FILES if re.match(r"csrc/\w+/", path)} == {*ROOMS, "common"}
+    assert {path.split("/")[1] for path in FILES if re.match(r"csrc/\w+/", path)} == {
+        *ROOMS,
+        "common",
+    }
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -72,7 +75,9 @@ def test_file_sizes():
 def test_a_reference_is_forty_lines_an_op():
     for room in ROOMS:
         lines = (ROOT / f"dsa_kernels/{room}/reference.py").read_text().splitlines()
-        code = [line for line in lines if line.strip() and not line.strip().startswith(("#", '"""'))]
+        code = [
+            line for line in lines if line.strip() and not line.strip().startswith(("#", '"""'))
+        ]
         ops = sum(op.room == f"dsa_kernels.{room}" for op in dsa_kernels.registered_ops().values())
         assert len(code) <= 40 * ops + 10, f"{room}: {len(code)} lines for {ops} ops"
 
