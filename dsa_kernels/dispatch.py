@@ -68,9 +68,10 @@ class Op:
         forced = _forced_tiers()
         if forced:
             rows = tuple(row for tier in forced for row in rows if row.tier == tier)
+        device = _device_of(args)
         declined: list[tuple[Implementation, str]] = []
         for row in rows:
-            reason = _tier_declines(row.tier, self.name, _device_of(args))
+            reason = _tier_declines(row.tier, self.name, device, "triton" in forced)
             if reason is None and row.declines is not None:
                 reason = row.declines(*args)
             if reason is None:
@@ -194,7 +195,8 @@ def _device_of(args: Sequence[Any]) -> torch.device:
     return next(a.device for a in args if isinstance(a, torch.Tensor))
 
 
-def _tier_declines(tier: str, op: str, device: torch.device) -> str | None:
+@functools.cache
+def _tier_declines(tier: str, op: str, device: torch.device, triton_forced: bool) -> str | None:
     """The rule that comes with a tier."""
     on_gpu = device.type == "cuda"
     if tier == "reference":
@@ -204,7 +206,7 @@ def _tier_declines(tier: str, op: str, device: torch.device) -> str | None:
             return "serves CPU tensors"
         return None if native.has_kernel("cpu", op) else "not compiled in this build"
     if tier == "triton":
-        interpreted = interpreting() and "triton" in _forced_tiers()
+        interpreted = interpreting() and triton_forced
         return (
             None
             if on_gpu or interpreted

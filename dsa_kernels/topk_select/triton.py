@@ -102,11 +102,11 @@ def select_row(row, n, topk, out, key_buffer, column_buffer, GROUPS: tl.constexp
         tied = 0
         if (above >= topk) & (above <= CAPACITY):
             entry = tl.arange(0, CAPACITY)
-            keys = tl.load(key_buffer + entry, mask=entry < above, other=0).to(
+            kept = tl.load(key_buffer + entry, mask=entry < above, other=0).to(
                 tl.uint32, bitcast=True
             )
-            threshold = kth_largest(keys, topk)
-            ties = topk - tl.sum((keys > threshold).to(tl.int32))
+            threshold = kth_largest(kept, topk)
+            ties = topk - tl.sum((kept > threshold).to(tl.int32))
             for base in range(0, above, BLOCK):
                 entries = base + tl.arange(0, BLOCK)
                 inside = entries < above
