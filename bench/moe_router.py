@@ -134,7 +134,9 @@ def map_case(tokens: int, device: torch.device, quick: bool) -> Case:
 
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
-        return [make(t, device, True) for make in (case, backward_case, map_case) for t in (1, 8192)]
+        return [
+            make(t, device, True) for make in (case, backward_case, map_case) for t in (1, 8192)
+        ]
     return [
         make(tokens, device, quick=tokens == 8192)
         for make in (case, backward_case, map_case)

@@ -15,6 +15,18 @@ namespace {
 
 constexpr int64_t kBlock = 64;
 
+// sum over i < n of term(i) in double, in kLanes partial sums; n a multiple of kLanes.
+template <typename Term>
+double sum_exactly(int64_t n, const Term& term) {
+    double partial[kLanes] = {};
+    for (int64_t i = 0; i < n; i += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) partial[lane] += term(i + lane);
+    }
+    double sum = 0.0;
+    for (const double x : partial) sum += x;
+    return sum;
+}
+
 // Buffers of one row, padded to whole vectors.
 struct Row {
     explicit Row(int64_t num_experts)
@@ -42,13 +54,11 @@ struct Row {
             std::fill(prob.begin(), prob.end(), std::numeric_limits<float>::quiet_NaN());
             return;
         }
-        Vec sum{};
         for (int64_t e = 0; e < padded; e += kLanes) {
-            const Vec y = vexp(load(&score[e]) - splat(largest));
-            store(&prob[e], y);
-            sum += y;
+            store(&prob[e], vexp(load(&score[e]) - splat(largest)));
         }
-        const Vec total = splat(reduce_add(sum));
+        const float* y = prob.data();
+        const Vec total = splat(float(sum_exactly(padded, [&](int64_t e) { return y[e]; })));
         for (int64_t e = 0; e < padded; e += kLanes) store(&prob[e], load(&prob[e]) / total);
     }
 
@@ -115,28 +125,31 @@ void route_bwd(const Tensor& logits, const Tensor& ids, const float* dweights,
     const int64_t tokens = logits.sizes()[0], n = logits.sizes()[1], stride = logits.stride(0);
     const int64_t topk = ids.sizes()[1];
     const T* base = data<T>(logits);
+    const int32_t* id_base = data<int32_t>(ids);
     parallel_ranges(tokens, 16, [&](int64_t begin, int64_t end) {
         Row row(n);
         for (int64_t t = begin; t < end; ++t) {
-            const int32_t* chosen = data<int32_t>(ids) + t * topk;
+            const int32_t* chosen = id_base + t * topk;
             row.softmax(base + t * stride, n);
             std::fill(row.dprob.begin(), row.dprob.end(), 0.0f);
             if (dprob_sum) std::copy(dprob_sum, dprob_sum + n, row.dprob.begin());
             const auto in_range = [&](int64_t j) { return chosen[j] >= 0 && chosen[j] < n; };
-            float total = 1.0f, mean = 0.0f;
+            double total = 1.0, mean = 0.0;
             if (normalize) {
-                total = 0.0f;
+                total = 0.0;
                 for (int64_t j = 0; j < topk; ++j) {
                     if (!in_range(j)) continue;
                     total += row.prob[chosen[j]];
-                    mean += row.prob[chosen[j]] * dweights[t * topk + j];
+                    mean += double(row.prob[chosen[j]]) * dweights[t * topk + j];
                 }
                 mean /= total;
             }
             for (int64_t j = 0; j < topk; ++j) {
                 if (in_range(j)) row.dprob[chosen[j]] += (dweights[t * topk + j] - mean) / total;
             }
-            const Vec dot_product = splat(dot(row.prob.data(), row.dprob.data(), row.padded));
+            const float *p = row.prob.data(), *dp = row.dprob.data();
+            const Vec dot_product = splat(
+                float(sum_exactly(row.padded, [&](int64_t e) { return double(p[e]) * dp[e]; })));
             for (int64_t e = 0; e < row.padded; e += kLanes) {
                 store(&row.dprob[e], load(&row.prob[e]) * (load(&row.dprob[e]) - dot_product));
             }
