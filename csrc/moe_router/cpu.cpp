@@ -1,10 +1,9 @@
 // moe_router and its gradient on the CPU: blocks of kBlock tokens in parallel, a token at a time.
 //
 // A row of logits (512 bytes for 128 experts) stays in L1: one pass for the maximum and the order
-// keys, one for the exponentials, one that keeps the best K sorted (an insertion happens about
-// K (1 + ln(E/K)) times a row). Each block adds up its probabilities and choices on its own; the
-// blocks are added in order, in double, so the sums do not depend on the number of threads.
-// Bound by the exponentials and the insertions.
+// keys, one for the exponentials, K for the maxima. Each block adds up its probabilities and
+// choices on its own; the blocks are added in order, in double, so the sums do not depend on the
+// number of threads. Bound by the exponentials and the K maxima.
 #include "common/cpu.h"
 
 #include "common/simd.h"
@@ -66,19 +65,33 @@ struct Row {
     std::vector<float> score, prob, dprob;
 };
 
-// The best `topk` of score[0, n), best first, the lower position first among equals.
-void select(const float* score, int64_t n, int64_t topk, uint32_t* keys, int32_t* ids) {
-    std::fill(keys, keys + topk, 0u);
-    for (int64_t e = 0; e < n; ++e) {
-        const uint32_t key = order_key(score[e]) + 1;  // 1 for NaN; 0 is an empty entry
-        if (key <= keys[topk - 1]) continue;
-        int64_t j = topk - 1;
-        for (; j > 0 && keys[j - 1] < key; --j) {
-            keys[j] = keys[j - 1];
-            ids[j] = ids[j - 1];
+// The best `topk` of score[0, n), best first, the lower position first among equals. `keys` holds n
+// rounded up to whole vectors. Every choice is a branch-free maximum over the row.
+void select(const float* score, int64_t n, int64_t topk, int32_t* keys, int32_t* ids) {
+    constexpr int32_t kTaken = std::numeric_limits<int32_t>::min();
+    for (int64_t e = 0; e < n; e += kLanes) {
+        const VecI key =
+            (VecI)((order_key(load(score + e)) + 1) ^ 0x80000000u);  // NaN above kTaken
+        std::memcpy(keys + e, &key, sizeof key);
+    }
+    std::fill(keys + n, keys + (n + kLanes - 1) / kLanes * kLanes, kTaken);
+    for (int64_t j = 0; j < topk; ++j) {
+        VecI best = VecI{} + kTaken, position{};
+        for (int32_t e = 0; e < n; e += kLanes) {
+            VecI key;
+            std::memcpy(&key, keys + e, sizeof key);
+            const VecI better = key > best;
+            best = better ? key : best;
+            position = better ? VecI{} + e : position;
         }
-        keys[j] = key;
-        ids[j] = static_cast<int32_t>(e);
+        int32_t largest = best[0];
+        for (int lane = 1; lane < kLanes; ++lane) largest = std::max(largest, best[lane]);
+        int32_t first = std::numeric_limits<int32_t>::max();
+        for (int lane = 0; lane < kLanes; ++lane) {
+            first = std::min(first, best[lane] == largest ? position[lane] + lane : first);
+        }
+        ids[j] = first;
+        keys[first] = kTaken;
     }
 }
 
@@ -92,7 +105,7 @@ void route(const Tensor& logits, int64_t topk, bool normalize, float* weights, i
     std::vector<int32_t> block_counts(blocks * n, 0);  // [blocks, E]
     parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end) {
         Row row(n);
-        std::vector<uint32_t> keys(topk);
+        std::vector<int32_t> keys(row.padded);
         for (int64_t t = begin * kBlock; t < std::min(end * kBlock, tokens); ++t) {
             float* probs = &block_probs[t / kBlock * n];
             row.softmax(base + t * stride, n);
