@@ -10,6 +10,7 @@ native.load_cpu_library()
 from .dispatch import explain, registered_ops, use  # noqa: E402
 from .moe_router import RoutingMap, load_balancing_loss, moe_router, routing_map  # noqa: E402
 from .native import build_info  # noqa: E402
+from .norm_rope import norm_rope  # noqa: E402
 from .topk_select import topk_select  # noqa: E402
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "explain",
     "load_balancing_loss",
     "moe_router",
+    "norm_rope",
     "registered_ops",
     "routing_map",
     "topk_select",
