@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given
@@ -82,7 +84,7 @@ def test_property(tier, data):
 
 def test_more_tiles_than_programs(tier, monkeypatch):
     """The forward in Triton walks over several tiles a program; on the CPU, blocks of 64 tokens."""
-    monkeypatch.setattr("dsa_kernels.moe_router.triton.MAX_PROGRAMS", 3)
+    monkeypatch.setattr(import_module("dsa_kernels.moe_router.triton"), "MAX_PROGRAMS", 3)
     logits = torch.randn(75 if tier.interpreted else 1000, 128, device=tier.device)
     with tier:
         check(dsa_kernels.moe_router(logits, 4), logits, 4, True)

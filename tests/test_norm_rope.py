@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given
@@ -167,7 +169,7 @@ def test_backward(tier, tokens, heads, kv_heads, dim, norm, dtype):
 
 def test_more_tokens_than_programs(tier, monkeypatch):
     """The backward in Triton walks over several tokens a program; on the CPU, blocks of 64 tokens."""
-    monkeypatch.setattr("dsa_kernels.norm_rope.triton.MAX_PROGRAMS", 3)
+    monkeypatch.setattr(import_module("dsa_kernels.norm_rope.triton"), "MAX_PROGRAMS", 3)
     inputs = make(8 if tier.interpreted else 200, 3, 2, 16, device=tier.device)
     dq, dk = (torch.randn_like(x).contiguous() for x in inputs[:2])
     with tier:
