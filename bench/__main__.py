@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -78,6 +79,8 @@ def parse(argv: list[str] | None, ops: list[str]) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write one PNG per op")
     args = parser.parse_args(argv)
     unknown = [op for op in args.ops if op not in ops and args.ops != ["roofline"]]
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch {torch.__version__} sees no CUDA device")
     if unknown:
         parser.error(f"unknown op {', '.join(unknown)}; there are roofline, {', '.join(ops)}")
     return args
@@ -128,7 +131,9 @@ def print_table(console: Console, op: str, lines: list[Line]) -> None:
         table.add_column(escape(name), justify="left" if k < 2 else "right", no_wrap=k == 0)
     for row in rows:
         table.add_row(*map(escape, row))
-    console.print(table)
+    unlimited = console.options.update(max_width=1000)
+    console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
+    console.print(table)  # a narrow terminal wraps its lines; rich would cut digits off
     for note in notes:
         console.print(escape(note), style="dim")
     console.print()

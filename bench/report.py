@@ -150,15 +150,16 @@ def table(lines: list[Line]) -> tuple[list[str], list[list[str]], list[str]]:
 
 
 def significant(value: float) -> str:
-    """Three digits; all of them before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """Three digits, or all of those before the point."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def _rate(entry: Line) -> str:
     seconds = entry["median_us"] / 1e6
     if entry["bound"] == "flops":
         rate = entry["flops"] / seconds / 1e9
-        return f"{rate / 1e3:.3g} TFLOPS" if rate >= 1e3 else f"{rate:.3g} GFLOPS"
+        teraflops = rate >= 1e3
+        return f"{significant(rate / 1e3)} TFLOPS" if teraflops else f"{significant(rate)} GFLOPS"
     rate = entry["bytes"] / seconds / 1e9
     return f"{significant(rate)} GB/s" if rate else "-"
 
@@ -168,7 +169,7 @@ def _percent(entry: Line) -> str:
 
 
 def _mib(value: float | None) -> str:
-    return "-" if value is None else significant(value)
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _speedup(entry: Line, peer: str) -> str:

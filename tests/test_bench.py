@@ -217,8 +217,8 @@ def test_json_to_markdown(tmp_path):
     assert text[start + 2 : start + 6] == [
         "| case | by | median us | rate | % of limit | peak MiB | vs eager | vs absent |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| a\\|b | triton | 10 | 400 TFLOPS | 40 | 0.5 | 2.5x | n/a |",
-        "| other | triton | 10 | 400 TFLOPS | 40 | 0.5 | 2.5x | n/a |",
+        "| a\\|b | triton | 10.0 | 400 TFLOPS | 40.0 | 0.50 | 2.50x | n/a |",
+        "| other | triton | 10.0 | 400 TFLOPS | 40.0 | 0.50 | 2.50x | n/a |",
     ]
     assert "absent: n/a: not installed" in text
     assert "other: no CUDA graph of eager, plain events" in text
