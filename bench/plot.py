@@ -48,7 +48,7 @@ def _figure(op: str, series: dict[str, list[Line]], path: Path) -> Path:
     for axis in axes[:, 0]:
         axis.set_ylabel("time of one call")
     for column in range(columns):
-        axes[_last_row(column, len(series), columns), column].set_xlabel("context (tokens)")
+        axes[_last_row(column, len(series), columns), column].set_xlabel("tokens")
         axes[_last_row(column, len(series), columns), column].tick_params(labelbottom=True)
     found = {}
     for axis in axes.flat:
@@ -57,7 +57,7 @@ def _figure(op: str, series: dict[str, list[Line]], path: Path) -> Path:
     contexts = sorted({entry["context"] for entry in everything})
     axes[0, 0].set_xticks(contexts, [_tokens(context) for context in contexts])  # shared
     device = everything[0]["device"]
-    figure.suptitle(f"{op}: time against context length\n{device}", fontsize=11)
+    figure.suptitle(f"{op}: time against length\n{device}", fontsize=11)
     figure.legend(
         handles.values(),
         handles.keys(),

@@ -100,7 +100,7 @@ def line(op: str, case: Case, result: Result, ceilings: Ceilings, where: Line) -
         "dtype": case.dtype,
         "bound": bound,
         "limit_us": round(limit, 3),
-        "fraction": round(limit / result.median_us, 4),
+        "fraction": round(limit / result.median_us, 6),
         "peak_mib": None if result.peak_mib is None else round(result.peak_mib, 2),
         "peers": {
             name: value if isinstance(value, str) else round(value, 3)
