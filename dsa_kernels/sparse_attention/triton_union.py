@@ -28,7 +28,7 @@ IDS = 512  # ids a row and step: 32 registers a thread with 8 warps
 WORDS = 512  # bitmap words a step of the list: 16384 keys
 LIST_BLOCK = 128  # a list is padded to whole blocks of it
 RANKS = 1024  # list entries a step of the mask gather
-TILE_FIELDS = 4  # of a row of map_tiles: first token, tokens, first key, keys
+TILE_FIELDS = tl.constexpr(5)  # a row of map_tiles
 
 
 @triton.jit
@@ -46,7 +46,8 @@ def popcount(x):
 
 @triton.jit
 def load_tile(tiles, tile):
-    row = tiles + tl.cast(tile, tl.int64) * 4
+    """First token, tokens, first key, keys (of the tile's sequence)."""
+    row = tiles + tl.cast(tile, tl.int64) * TILE_FIELDS
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
 
 
@@ -84,11 +85,12 @@ def map_tiles_kernel(cu_rows, cu_others, tiles, num_tiles, num_sequences, num_ro
     first = lower + BLOCK * (tile - lower // BLOCK - number)
     count = tl.minimum(tl.maximum(upper - first, 0), BLOCK)
     real = (number >= 1) & (number <= num_sequences)
-    row = tiles + tile * 4
+    row = tiles + tile * TILE_FIELDS
     tl.store(row, first, mask=tile < num_tiles)
     tl.store(row + 1, count, mask=tile < num_tiles)
     tl.store(row + 2, first_other, mask=tile < num_tiles)
     tl.store(row + 3, tl.where(real, end_other - first_other, 0), mask=tile < num_tiles)
+    tl.store(row + 4, first - lower, mask=tile < num_tiles)
 
 
 @triton.jit(do_not_specialize=["index_stride"])  # one layout, 4 bytes a lane, for the ids and their atomics
@@ -156,12 +158,13 @@ def build_union_kernel(indices, tiles, keys, masks, counts, bitmaps, num_tiles, 
 def map_tiles(cu_rows, cu_others, num_rows, num_others, block=BLOCK_T):
     """Cuts the sequences of `cu_rows` into tiles of `block` rows.
 
-    Returns int32 [num_rows // block + S + 2, 4]: first row, rows (0 in a spare tile), and of the same sequence in
-    `cu_others` the first row and their number. Rows of no sequence are in tiles whose sequence has none of the others.
+    Returns int32 [num_rows // block + S + 2, 5]: first row, rows (0 in a spare tile), of the same sequence in
+    `cu_others` the first row and their number, the first row's position in its sequence. Rows of no sequence are in
+    tiles whose sequence has none of the others.
     """
     num_sequences = cu_rows.shape[0] - 1
     num_tiles = num_rows // block + num_sequences + 2
-    tiles = torch.empty((num_tiles, TILE_FIELDS), dtype=torch.int32, device=cu_rows.device)
+    tiles = torch.empty((num_tiles, TILE_FIELDS.value), dtype=torch.int32, device=cu_rows.device)
     map_tiles_kernel[(triton.cdiv(num_tiles, 64),)](
         cu_rows, cu_others, tiles, num_tiles, num_sequences, num_rows, num_others, BLOCK=block,
         TILES=64, SEQUENCES=64, num_warps=4,
@@ -188,7 +191,7 @@ def can_overflow(topk, num_keys):
 def union_chunks(indices, cu_seqlens_q, cu_seqlens_k, num_keys):
     """Yields (tiles, keys, masks, counts) for chunks of consecutive tiles; the next chunk overwrites the lists.
 
-    tiles [C, 4] as in `map_tiles`; keys int32 [C, capacity] ascending and relative to the tile's sequence; masks int32
+    tiles [C, 5] as in `map_tiles`; keys int32 [C, capacity] ascending and relative to the tile's sequence; masks int32
     [C, capacity], bit t set where token t of the tile selects the key; both padded to whole blocks of LIST_BLOCK with a
     listed key and mask 0; counts int32 [C] distinct keys, without the padding. A count above the
     capacity says that the list is cut short and the tile must be served without it.
