@@ -27,7 +27,7 @@ inline constexpr const char* kSchemas[] = {
 
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool deterministic) -> (Tensor out, Tensor lse)",
     "sparse_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
-    "build_union(Tensor indices, Tensor tiles, Tensor(a!) keys, Tensor(b!) masks, Tensor(c!) counts, int list_block) -> ()",
+    "build_union(Tensor indices, Tensor tiles, Tensor(a!) keys, Tensor(b!) masks, Tensor(c!) counts, SymInt num_keys, int list_block) -> ()",
     "sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor indices, Tensor page_table, Tensor lengths, Tensor cu_seqlens_q, float softmax_scale) -> (Tensor out, Tensor lse)",
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, float softmax_scale, bool deterministic) -> (Tensor out, Tensor lse)",
     "varlen_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, float softmax_scale, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",

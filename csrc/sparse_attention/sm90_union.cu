@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 3) build_union_kernel(const BuildUni
 }  // namespace
 
 void build_union(const Tensor& indices, const Tensor& tiles, Tensor keys, Tensor masks,
-                 Tensor counts, int64_t list_block) {
+                 Tensor counts, int64_t /*num_keys*/, int64_t list_block) {
     const int64_t num_tiles = tiles.sizes()[0];
     if (num_tiles == 0) return;
     const BuildUnionParams params{

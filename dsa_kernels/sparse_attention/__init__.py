@@ -8,6 +8,7 @@ import torch
 
 from ..checks import FLOATS, FP32, INT32, Arguments
 from ..dispatch import Implementation, register
+from . import union  # noqa: F401  (registers build_union)
 
 HEAD_DIMS = (64, 128)
 
@@ -139,14 +140,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.save_for_backward(q, k, v, *output, indices, cu_seqlens_q, cu_seqlens_k)
 
 
-def _backward(
-    ctx: Any, dout: torch.Tensor, dlse: torch.Tensor
-) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     gradients = torch.ops.dsa_kernels.sparse_attention_bwd(
         dout.contiguous(), dlse.contiguous(), *ctx.saved_tensors, ctx.softmax_scale,
         ctx.deterministic,
     )  # fmt: skip
     return *gradients, None, None, None, None, None
+
+
+def _tilelang_declines(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> str | None:
+    if q.dtype != torch.bfloat16:
+        return "serves bfloat16"
+    if q.shape[1] // k.shape[1] not in (4, 8):
+        return "serves groups of 4 or 8 query heads a KV head"
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        return "serves contiguous q, k and v"
+    return None
 
 
 _op = register(
@@ -156,6 +165,7 @@ _op = register(
     fake=_fake,
     table=[
         Implementation("triton", "triton"),
+        Implementation("tilelang", "tilelang", declines=_tilelang_declines),
         Implementation("cpu"),
         Implementation("reference", "reference"),
     ],

@@ -3,9 +3,7 @@
 import torch
 
 
-def sparse_attention(
-    q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic
-):
+def sparse_attention(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic):
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=lse_dtype)
     for rows, keys, chosen, queries, keys_s, values_s in _sequences(
@@ -42,6 +40,27 @@ def sparse_attention_bwd(
         dk[keys] = torch.einsum("tghl,tghd->lgd", dscores, queries).to(k.dtype)
         dv[keys] = torch.einsum("tghl,tghd->lgd", weights, grad).to(v.dtype)
     return dq, dk, dv
+
+
+def build_union(indices, tiles, keys, masks, counts, num_keys, list_block):
+    """Writes, per tile (first token, tokens, _, keys of its sequence, _) of at most 16 tokens, the ascending union of
+    their keys, per key the mask of the tokens that select it (bit t), and how many there are. Lists end with a whole
+    block of `list_block`, filled with the last key and mask 0; a union larger than keys.shape[1] only sets the count
+    to a number above that."""
+    capacity = keys.shape[1]
+    for c, (first, tokens, _, length, _) in enumerate(tiles.tolist()):
+        union = {}
+        for t in range(tokens):
+            for key in indices[first + t].tolist():
+                if 0 <= key < length:
+                    union[key] = union.get(key, 0) | 1 << t
+        counts[c] = len(union)
+        if not union or len(union) > capacity:
+            continue
+        listed = sorted(union)
+        padding = min(-len(listed) % list_block, capacity - len(listed))
+        row = torch.tensor([[key, union[key]] for key in listed] + [[listed[-1], 0]] * padding)
+        keys[c, : len(row)], masks[c, : len(row)] = row.T.int().to(keys.device)
 
 
 def _sequences(q, k, v, indices, cu_seqlens_q, cu_seqlens_k):

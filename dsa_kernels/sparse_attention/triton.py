@@ -19,12 +19,13 @@ from ..dispatch import interpreting
 from .triton_union import BLOCK_T, can_overflow, load_tile, union_chunks
 
 BLOCK_N = 64
-NUM_WARPS = 4
+NUM_WARPS = 8
 NUM_STAGES = 3
-GATHER_TOKENS = 2
-GATHER_BLOCK_N = 64
+MAX_REGISTERS = 128  # two blocks of 8 warps an SM; a few spills cost less than half the warps
+GATHER_TOKENS = 4
+GATHER_BLOCK_N = 128
 GATHER_WARPS = 4
-GATHER_STAGES = 3
+GATHER_STAGES = 2
 FORCE_GATHER = False  # benchmarks: the plain gather by token, whatever the overlap
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -64,7 +65,9 @@ def softmax_step(scores, chosen, top, total, scale_log2):
 
 
 @triton.jit
-def store_rows(out, lse, token, head, inside, num_heads, sums, top, total, scale_log2, D: tl.constexpr):
+def store_rows(
+    out, lse, token, head, inside, num_heads, sums, top, total, scale_log2, D: tl.constexpr
+):
     row = token * num_heads + head
     d = tl.arange(0, D)
     result = sums / tl.where(total > 0, total, tl.where(total == total, 1.0, total))[:, None]
@@ -157,9 +160,21 @@ def needs_int64(k, v):
     return k.shape[0] * max(k.stride(0), v.stride(0)) >= 2**31
 
 
-def sparse_attention(
-    q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic
-):
+def gather_overflowed(q, k, v, out, lse, indices, tiles, counts, capacity, softmax_scale):
+    """Serves the tiles whose union has more than `capacity` keys, token by token."""
+    num_heads, dim = q.shape[1:]
+    num_groups = k.shape[1]
+    group = num_heads // num_groups
+    grid = (tiles.shape[0] * (BLOCK_T // GATHER_TOKENS), num_groups * triton.cdiv(group, 16))
+    sparse_attention_gather_fwd_kernel[grid](
+        q, k, v, out, lse, indices, tiles, counts, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        indices.stride(0), indices.shape[1], num_heads, group, capacity, softmax_scale * LOG2_E.value,
+        D=dim, BLOCK_T=BLOCK_T, TOKENS=GATHER_TOKENS, HEADS=16, BLOCK_N=GATHER_BLOCK_N,
+        PRECISION=tile_shape(group, q.dtype)[2], num_warps=GATHER_WARPS, num_stages=GATHER_STAGES,
+    )  # fmt: skip
+
+
+def sparse_attention(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic):
     num_tokens, num_heads, dim = q.shape
     num_keys, num_groups = k.shape[:2]
     group = num_heads // num_groups
@@ -177,13 +192,8 @@ def sparse_attention(
                 q, k, v, out, lse, tiles, keys, masks, counts, *strides, num_heads, group,
                 capacity, scale_log2, WIDE=needs_int64(k, v), D=dim, BLOCK_T=BLOCK_T, HEADS=heads, BLOCK_N=block_n,
                 PRECISION=precision, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+                maxnreg=MAX_REGISTERS,
             )  # fmt: skip
         if FORCE_GATHER or can_overflow(indices.shape[1], num_keys):
-            grid = (tiles.shape[0] * (BLOCK_T // GATHER_TOKENS), num_groups * triton.cdiv(group, 16))
-            sparse_attention_gather_fwd_kernel[grid](
-                q, k, v, out, lse, indices, tiles, counts, *strides, indices.stride(0),
-                indices.shape[1], num_heads, group, capacity, scale_log2, D=dim, BLOCK_T=BLOCK_T,
-                TOKENS=GATHER_TOKENS, HEADS=16, BLOCK_N=GATHER_BLOCK_N, PRECISION=precision,
-                num_warps=GATHER_WARPS, num_stages=GATHER_STAGES,
-            )  # fmt: skip
+            gather_overflowed(q, k, v, out, lse, indices, tiles, counts, capacity, softmax_scale)
     return out, lse

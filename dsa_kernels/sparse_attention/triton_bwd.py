@@ -68,7 +68,9 @@ def load_query_rows(q, dout, lse, delta, token, head, inside, stride_qt, stride_
 
 
 @triton.jit
-def step_gradients(queries, grad, row_lse, row_delta, k_rows, v_rows, chosen, scale_log2, PRECISION: tl.constexpr):
+def step_gradients(
+    queries, grad, row_lse, row_delta, k_rows, v_rows, chosen, scale_log2, PRECISION: tl.constexpr
+):
     """P and dS of one step, rows x keys; 0 where not chosen, whatever the row holds."""
     scores = mma(queries, tl.trans(k_rows), None, PRECISION)
     weights = tl.where(chosen, tl.exp2(scores * scale_log2 - row_lse[:, None]), 0.0)
