@@ -78,15 +78,16 @@ struct PagedSequences {
           table(data<int32_t>(page_table)),
           lengths(data<int32_t>(lengths)),
           table_stride(page_table.stride(0)),
+          capacity(page_table.sizes()[1] * kPageSize),
           num_pages(index_cache.sizes()[0]),
           dim(index_cache.sizes()[1] / kPageSize - 4) {}
-    int64_t num_keys(int64_t s) const { return lengths[s]; }  // RowBlock bounds it by the table
+    int64_t num_keys(int64_t s) const { return std::clamp<int64_t>(lengths[s], 0, capacity); }
     PagedKeys operator()(int64_t s) const {
         return {cache, table + s * table_stride, num_pages, dim};
     }
     const uint8_t* cache;
     const int32_t *table, *lengths;
-    int64_t table_stride, num_pages, dim;
+    int64_t table_stride, capacity, num_pages, dim;
 };
 
 // Tokens [begin, end) of one sequence; the token t sees the first visible(t) keys. A block of

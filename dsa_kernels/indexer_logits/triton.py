@@ -4,7 +4,7 @@ Packed (many queries a sequence): a program owns BLOCK_Q tokens x BLOCK_K keys. 
 memory, a loop over the heads multiplies it with the head's queries (tokens are the MMA rows, keys its columns) and adds
 w * ReLU to a tile of fp32 sums in registers: no reduction across lanes, two instructions a product in the epilogue. At
 16 heads x 64 the FP8 tensor cores and the epilogue need about the same time, so programs are small enough (4 warps,
-about 160 registers) for three of them to share a multiprocessor and fill each other's waits.
+212 registers a thread) for two of them to share a multiprocessor and fill each other's waits.
 
 Paged (few queries a sequence): a program owns PAGED_BLOCK_Q tokens x PAGED_BLOCK_K keys. Keys are the MMA rows, the
 heads of one token its columns, and the heads are added within a row: no MMA row is empty, and with one query a request
@@ -23,6 +23,8 @@ import triton.language as tl
 PAGE_SIZE = 64
 BLOCK_Q, BLOCK_K, WARPS, STAGES = 64, 128, 4, 3
 PAGED_BLOCK_Q, PAGED_BLOCK_K, PAGED_WARPS, PAGED_STAGES = 8, 128, 4, 3
+# Before compute capability 8.9 the operands are float16, which take more registers.
+FLOAT16_BLOCK_K, FLOAT16_WARPS, FLOAT16_PAGED_WARPS = 64, 8, 8
 
 
 @triton.jit
@@ -84,33 +86,49 @@ def indexer_logits_kernel(q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, ou
     sequence, visible = visible_keys(tokens, cu_seqlens_q, cu_seqlens_k, num_sequences, num_keys, width, STEPS, False)  # fmt: skip
     columns = base + tl.arange(0, BLOCK_K)
     dims = tl.arange(0, D)
-    out_tile = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
     if FILL:
+        out_tile = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
         hidden = active[:, None] & (columns[None, :] >= visible[:, None])
         tl.store(out_tile, float("-inf"), mask=hidden & (columns < width)[None, :])
 
     scored = active & (visible > min_visible) & (visible > base)
-    q_rows = q + tokens.to(tl.int64) * q_stride
-    w_rows = weights + tokens.to(tl.int64) * w_stride
     first = tl.min(tl.where(scored, sequence, 2147483647))
     last = tl.max(tl.where(scored, sequence, -1))
     for s in range(first, last + 1):
-        mine = scored & (sequence == s)
-        longest = tl.max(tl.where(mine, visible, 0))
-        if longest > base:
-            start = tl.minimum(tl.maximum(tl.load(cu_seqlens_k + s), 0), num_keys)
-            keys = start.to(tl.int64) + columns
-            inside = columns < longest
-            tile = tl.load(k + keys[:, None] * k_stride + dims[None, :], mask=inside[:, None], other=0.0)  # fmt: skip
+        # Everything below follows from the sequence's own scalars, so that the compiler does not keep addresses and
+        # masks of the whole tile in registers across this loop (90 registers a thread).
+        begin = tl.load(cu_seqlens_q + s)
+        end = tl.load(cu_seqlens_q + s + 1)
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens_k + s), 0), num_keys)
+        keys = tl.minimum(tl.maximum(tl.load(cu_seqlens_k + s + 1), 0), num_keys) - start
+        offset = keys - (end - begin)  # the token at position u sees the keys <= offset + u
+        stop = tl.minimum(keys, width)
+        u = tokens - begin
+        mine = (
+            active
+            & (u >= 0)
+            & (tokens < end)
+            & (tl.minimum(offset + u + 1, stop) > tl.maximum(base, min_visible))
+        )
+        if stop > base:
+            k_tile = k + start.to(tl.int64) * k_stride
+            tile = tl.load(k_tile + columns.to(tl.int64)[:, None] * k_stride + dims[None, :],
+                           mask=(columns < stop)[:, None], other=0.0)  # fmt: skip
             tile = operand(tile, FP8_DOT).T
+            q_tile = q + begin.to(tl.int64) * q_stride
+            w_tile = weights + begin.to(tl.int64) * w_stride
             score = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
             for h in range(H):
-                head = tl.load(q_rows[:, None] + h * D + dims[None, :], mask=mine[:, None], other=0.0)
-                w = tl.load(w_rows + h, mask=mine, other=0.0)
+                head = tl.load(q_tile + u.to(tl.int64)[:, None] * q_stride + h * D + dims[None, :],
+                               mask=mine[:, None], other=0.0)  # fmt: skip
+                w = tl.load(w_tile + u.to(tl.int64) * w_stride + h, mask=mine, other=0.0)
                 dot = tl.dot(operand(head, FP8_DOT), tile)
                 score = tl.fma(w[:, None], relu(dot), score)
-            score *= tl.load(k_scale + keys, mask=inside, other=0.0)[None, :]
-            tl.store(out_tile, score, mask=mine[:, None] & (columns[None, :] < visible[:, None]))
+            scale = tl.load(k_scale + start + columns, mask=columns < stop, other=0.0)
+            out_rows = out + (begin - first_token).to(tl.int64) * out_stride
+            seen = columns[None, :] < tl.minimum(offset + u + 1, stop)[:, None]
+            tl.store(out_rows + u.to(tl.int64)[:, None] * out_stride + columns[None, :], score * scale[None, :],
+                     mask=mine[:, None] & seen)  # fmt: skip
 
 
 @triton.jit
@@ -179,12 +197,13 @@ def score_packed(out, first_token, end_token, width, min_visible, fill, q, weigh
     fp8 = takes_fp8(q.device)
     if not fp8:
         q, k = q.view(torch.uint8), k.view(torch.uint8)
-    tiles = triton.cdiv(end_token - first_token, BLOCK_Q) * triton.cdiv(width, BLOCK_K)
+    block_k, warps = (BLOCK_K, WARPS) if fp8 else (FLOAT16_BLOCK_K, FLOAT16_WARPS)
+    tiles = triton.cdiv(end_token - first_token, BLOCK_Q) * triton.cdiv(width, block_k)
     indexer_logits_kernel[(tiles,)](
         q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, out, first_token, end_token,
         cu_seqlens_q.shape[0] - 1, k.shape[0], width, q.stride(0), weights.stride(0), k.stride(0), out.stride(0),
         min_visible, q.shape[1], D=q.shape[2], STEPS=bisection_steps(cu_seqlens_q), FP8_DOT=fp8, FILL=fill,
-        BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=WARPS, num_stages=STAGES,
+        BLOCK_Q=BLOCK_Q, BLOCK_K=block_k, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
 
 
@@ -203,7 +222,7 @@ def score_paged(out, first_token, end_token, width, min_visible, fill, q, weight
         cu_seqlens_q.shape[0] - 1, index_cache.shape[0], width, q.stride(0), weights.stride(0), page_table.stride(0),
         out.stride(0), min_visible, heads, HEADS=max(triton.next_power_of_2(heads), 16), D=dim,
         STEPS=bisection_steps(cu_seqlens_q), FP8_DOT=fp8, FILL=fill, PAGE_SIZE=PAGE_SIZE, BLOCK_Q=PAGED_BLOCK_Q,
-        BLOCK_K=PAGED_BLOCK_K, num_warps=PAGED_WARPS, num_stages=PAGED_STAGES,
+        BLOCK_K=PAGED_BLOCK_K, num_warps=PAGED_WARPS if fp8 else FLOAT16_PAGED_WARPS, num_stages=PAGED_STAGES,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from ..topk_select.triton import CAPACITY, num_groups, select_row
 
 SCORE_BYTES = 36 << 20
 SELECT_PROGRAMS = 384  # 64 KB of buffers each
-SELECT_BLOCK, SELECT_WARPS = 4096, 16
+SELECT_BLOCK, SELECT_WARPS = 2048, 16
 
 
 @triton.jit
