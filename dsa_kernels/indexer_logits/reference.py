@@ -1,7 +1,5 @@
 """The definition of indexer_logits, in the precision of `weights` (float64 weights give float64 maths)."""
 
-from itertools import pairwise
-
 import torch
 
 
@@ -17,7 +15,8 @@ def indexer_logits(q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, max_seqle
 def indexer_logits_paged(q, weights, index_cache, page_table, lengths, cu_seqlens_q):
     logits = weights.new_full((q.shape[0], page_table.shape[1] * 64), -torch.inf)
     bounds_q = cu_seqlens_q.tolist()
-    for b, (q0, q1) in enumerate(pairwise(bounds_q)):
+    for b in range(len(lengths)):
+        q0, q1 = bounds_q[b], bounds_q[b + 1]
         k, k_scale, exists = gather(index_cache, page_table[b], int(lengths[b]), q.shape[2])
         score = scores(q[q0:q1], weights[q0:q1], k, k_scale).masked_fill(~exists, -torch.inf)
         logits[q0:q1, : len(k)] = score

@@ -1,7 +1,5 @@
 """The definition of indexer_topk: a stable sort of every row of scores, in the precision of `weights`."""
 
-from itertools import pairwise
-
 import torch
 
 
@@ -17,7 +15,8 @@ def indexer_topk(q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, topk, max_s
 def indexer_topk_paged(q, weights, index_cache, page_table, lengths, cu_seqlens_q, topk):
     indices = torch.full((q.shape[0], topk), -1, dtype=torch.int32, device=q.device)
     bounds_q, dim = cu_seqlens_q.tolist(), q.shape[2]
-    for b, (q0, q1) in enumerate(pairwise(bounds_q)):
+    for b in range(len(lengths)):
+        q0, q1 = bounds_q[b], bounds_q[b + 1]
         length = min(max(int(lengths[b]), 0), page_table.shape[1] * 64)
         pages = page_table[b, : (length + 63) // 64].long()
         exists = (pages >= 0) & (pages < len(index_cache))
