@@ -8,12 +8,15 @@ from . import native
 native.load_cpu_library()
 
 from .dispatch import explain, registered_ops, use  # noqa: E402
+from .indexer_loss import AttentionTarget, indexer_loss  # noqa: E402
 from .native import build_info  # noqa: E402
 from .topk_select import topk_select  # noqa: E402
 
 __all__ = [
+    "AttentionTarget",
     "build_info",
     "explain",
+    "indexer_loss",
     "registered_ops",
     "topk_select",
     "use",
