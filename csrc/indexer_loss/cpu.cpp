@@ -62,6 +62,7 @@ struct Inputs {
           k(ak),
           weights(data<float>(iw)),
           lse(data<float>(normaliser)),
+          sparse(selected.has_value()),
           indices(selected ? data<int32_t>(*selected) : nullptr),
           weights_row(iw.stride(0)),
           lse_row(normaliser.stride(0)),
@@ -78,6 +79,7 @@ struct Inputs {
 
     Source index_q, index_k, q, k;
     const float *weights, *lse;
+    bool sparse;
     const int32_t* indices;
     int64_t weights_row, lse_row, indices_row, topk;
     int64_t num_tokens, num_keys, index_heads, index_dim, heads, groups, dim;
@@ -93,7 +95,7 @@ struct Task {
 std::vector<Task> make_tasks(const Inputs& in, const Tensor& cu_seqlens_q,
                              const Tensor& cu_seqlens_k) {
     const int32_t *cu_q = data<int32_t>(cu_seqlens_q), *cu_k = data<int32_t>(cu_seqlens_k);
-    const int64_t tile = in.indices ? 1 : kTile;
+    const int64_t tile = in.sparse ? 1 : kTile;
     std::vector<Task> tasks;
     int64_t q_begin = std::clamp<int64_t>(cu_q[0], 0, in.num_tokens);
     int64_t k_begin = std::clamp<int64_t>(cu_k[0], 0, in.num_keys);
@@ -114,7 +116,7 @@ class Worker {
   public:
     explicit Worker(const Inputs& inputs)
         : in(inputs),
-          tile(in.indices ? 1 : kTile),
+          tile(in.sparse ? 1 : kTile),
           index_q(tile * in.index_heads * in.index_dim),
           q(tile * in.heads * in.dim),
           packed_index_k(in.index_dim * kBlock),
@@ -130,19 +132,19 @@ class Worker {
             in.index_q.widen(task.first + i, in.index_heads, in.index_dim, index_q_of(i));
             in.q.widen(task.first + i, in.heads, in.dim, q.data() + i * in.heads * in.dim);
         }
-        if (in.indices) list_selected(task);
-        const int64_t total = in.indices ? static_cast<int64_t>(selected.size())
+        if (in.sparse) list_selected(task);
+        const int64_t total = in.sparse ? static_cast<int64_t>(selected.size())
                                          : std::min(task.num_keys, task.limit + task.count - 1);
         for (int64_t base = 0; base < total; base += kBlock) {
             num_rows = std::min(kBlock, total - base);
             for (int64_t s = 0; s < num_rows; ++s)
-                rows[s] = in.indices ? selected[base + s] : task.key_begin + base + s;
+                rows[s] = in.sparse ? selected[base + s] : task.key_begin + base + s;
             in.index_k.pack(rows, num_rows, 0, in.index_dim, packed_index_k.data());
             for (int64_t g = 0; g < in.groups; ++g)
                 in.k.pack(rows, num_rows, g, in.dim, packed_k.data() + g * in.dim * kBlock);
             for (int64_t i = 0; i < task.count; ++i) {
                 const int64_t n =
-                    in.indices ? num_rows : std::min(num_rows, task.limit + i - base);
+                    in.sparse ? num_rows : std::min(num_rows, task.limit + i - base);
                 if (n <= 0) continue;
                 index_scores(task.first + i, i, n);
                 visit(i, n);

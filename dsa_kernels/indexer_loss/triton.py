@@ -19,9 +19,9 @@ import triton.language as tl
 
 from ..dispatch import interpreting
 
-BLOCK_T, BLOCK_S = 64, 128  # dense, bf16
-BLOCK_T_FP32, BLOCK_S_FP32 = 32, 64  # dense, any fp32 operand: FMA units, twice the shared memory
-SPARSE_BLOCK_S = 64
+# (BLOCK_T, BLOCK_S) dense and BLOCK_S sparse; "fp32" is any fp32 operand: FMA units, twice the shared memory.
+BLOCKS = {"bf16": (64, 128), "fp32": (32, 64)}
+SPARSE_BLOCK_S = {"bf16": 64, "fp32": 32}
 NUM_WARPS, NUM_STAGES = 8, 2
 SPARSE_NUM_WARPS, SPARSE_NUM_STAGES = 4, 2
 PROGRAMS_PER_SM = 2
@@ -225,10 +225,8 @@ def monotone(cu_seqlens, size):
     return cu_seqlens.clamp(0, size).cummax(0).values.int()
 
 
-def blocks_of(q, index_q):
-    if q.dtype == index_q.dtype == torch.bfloat16:
-        return BLOCK_T, BLOCK_S
-    return BLOCK_T_FP32, BLOCK_S_FP32
+def precision(q, index_q):
+    return "bf16" if q.dtype == index_q.dtype == torch.bfloat16 else "fp32"
 
 
 def num_splits(tiles, num_keys, block_s, device):
@@ -262,11 +260,11 @@ def indexer_loss(index_q, index_k, index_weights, q, k, lse, indices, cu_seqlens
         indexer_loss_sparse_fwd_kernel[(num_tokens,)](
             index_q, index_k, index_weights, q, k, lse, indices, *offsets, loss, index_lse, mass,
             num_sequences, indices.shape[1], *strides, indices.stride(0), scale_log2,
-            **sizes, HI_PADDED=padded(sizes["HI"]), HEADS_PADDED=padded(sizes["HEADS"]), BLOCK_S=SPARSE_BLOCK_S,
+            **sizes, HI_PADDED=padded(sizes["HI"]), HEADS_PADDED=padded(sizes["HEADS"]), BLOCK_S=SPARSE_BLOCK_S[precision(q, index_q)],
             CHUNK=CHUNK, num_warps=SPARSE_NUM_WARPS, num_stages=SPARSE_NUM_STAGES,
         )  # fmt: skip
         return loss, index_lse, mass
-    block_t, block_s = blocks_of(q, index_q)
+    block_t, block_s = BLOCKS[precision(q, index_q)]
     tiles = triton.cdiv(num_tokens, block_t) + num_sequences
     splits = num_splits(tiles, k.shape[0], block_s, q.device)
     partial = lse.new_zeros((splits, 3, num_tokens))

@@ -20,7 +20,6 @@ from .triton import (
     CHUNK,
     LOG2_E,
     add_group,
-    blocks_of,
     find_tile,
     gathered_group,
     index_scores,
@@ -29,11 +28,14 @@ from .triton import (
     monotone,
     num_splits,
     padded,
+    precision,
     selected_keys,
 )
 
+BLOCKS = {"bf16": (64, 64), "fp32": (32, 32)}  # one more tile in registers than the forward
+SPARSE_BLOCK_S = {"bf16": 64, "fp32": 32}
 NUM_WARPS, NUM_STAGES = 8, 2
-SPARSE_BLOCK_S, SPARSE_NUM_WARPS, SPARSE_NUM_STAGES = 64, 4, 1
+SPARSE_NUM_WARPS, SPARSE_NUM_STAGES = 4, 1
 BLOCK_P = 64  # pairs that the deterministic sparse kernel takes at a time
 KEY_NUM_WARPS = 4
 
@@ -240,26 +242,23 @@ def indexer_loss_bwd(dloss, index_q, index_k, index_weights, q, k, lse, index_ls
     d_index_q = lse.new_zeros(index_q.shape)
     d_index_k = lse.new_zeros(index_k.shape)
     d_weights = lse.new_zeros(index_weights.shape)
-    tensors = (
-        index_q, index_k, index_weights, q, k, lse, dloss, index_lse, mass,
-    )  # fmt: skip
+    tensors = (index_q, index_k, index_weights, q, k, lse, dloss, index_lse, mass)
     offsets = monotone(cu_seqlens_q, num_tokens), monotone(cu_seqlens_k, num_keys)
     strides = (*index_q.stride()[:2], index_k.stride(0), index_weights.stride(0), *q.stride()[:2], *k.stride()[:2],
                lse.stride(0))  # fmt: skip
     scale_log2 = softmax_scale * LOG2_E.value
     heads = {"HI": index_q.shape[1], "DI": index_q.shape[2]}
     sizes = {**heads, "G": k.shape[1], "HEADS": q.shape[1] // k.shape[1], "D": q.shape[2]}
-    empty = num_tokens == 0 or num_keys == 0 or num_sequences == 0
-    if empty or (indices is not None and indices.shape[1] == 0):
-        pass
-    elif indices is not None:
+    if 0 in (num_tokens, num_keys, num_sequences) or (indices is not None and indices.shape[1] == 0):
+        return d_index_q.to(index_q.dtype), d_index_k.to(index_k.dtype), d_weights
+    if indices is not None:
         pairs = indices.shape if deterministic else (0, 0)
         d_scores = lse.new_zeros(pairs)
         key_rows = indices.new_full(pairs, num_keys)
         indexer_loss_sparse_bwd_kernel[(num_tokens,)](
             *tensors, indices, *offsets, d_index_q, d_index_k, d_weights, d_scores, key_rows, num_sequences,
             indices.shape[1], *strides, indices.stride(0), scale_log2,
-            **sizes, HI_PADDED=padded(sizes["HI"]), HEADS_PADDED=padded(sizes["HEADS"]), BLOCK_S=SPARSE_BLOCK_S,
+            **sizes, HI_PADDED=padded(sizes["HI"]), HEADS_PADDED=padded(sizes["HEADS"]), BLOCK_S=SPARSE_BLOCK_S[precision(q, index_q)],
             CHUNK=CHUNK, DETERMINISTIC=deterministic, num_warps=SPARSE_NUM_WARPS, num_stages=SPARSE_NUM_STAGES,
         )  # fmt: skip
         if deterministic:
@@ -271,7 +270,7 @@ def indexer_loss_bwd(dloss, index_q, index_k, index_weights, q, k, lse, index_ls
                 **heads, BLOCK_P=BLOCK_P, num_warps=KEY_NUM_WARPS,
             )  # fmt: skip
     else:
-        block_t, block_s = blocks_of(q, index_q)
+        block_t, block_s = BLOCKS[precision(q, index_q)]
         blocks = {"BLOCK_T": block_t, "BLOCK_S": block_s, "CHUNK": CHUNK}
         launch = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
         tiles = triton.cdiv(num_tokens, block_t) + num_sequences
