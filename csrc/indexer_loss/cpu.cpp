@@ -12,6 +12,7 @@
 // Bound by the FMA units: H * D + Hi * Di multiply-adds a token and key, 2 * Hi * Di more in the
 // backward. Sparse blocks are packed for one token only, which costs about a third on top.
 #include "common/cpu.h"
+
 #include "common/simd.h"
 #include "indexer_loss/panels.h"
 
@@ -134,7 +135,7 @@ class Worker {
         }
         if (in.sparse) list_selected(task);
         const int64_t total = in.sparse ? static_cast<int64_t>(selected.size())
-                                         : std::min(task.num_keys, task.limit + task.count - 1);
+                                        : std::min(task.num_keys, task.limit + task.count - 1);
         for (int64_t base = 0; base < total; base += kBlock) {
             num_rows = std::min(kBlock, total - base);
             for (int64_t s = 0; s < num_rows; ++s)
@@ -143,8 +144,7 @@ class Worker {
             for (int64_t g = 0; g < in.groups; ++g)
                 in.k.pack(rows, num_rows, g, in.dim, packed_k.data() + g * in.dim * kBlock);
             for (int64_t i = 0; i < task.count; ++i) {
-                const int64_t n =
-                    in.sparse ? num_rows : std::min(num_rows, task.limit + i - base);
+                const int64_t n = in.sparse ? num_rows : std::min(num_rows, task.limit + i - base);
                 if (n <= 0) continue;
                 index_scores(task.first + i, i, n);
                 visit(i, n);
@@ -385,11 +385,10 @@ std::tuple<Tensor, Tensor, Tensor> indexer_loss_bwd(
     const Tensor& cu_seqlens_k, double softmax_scale, bool) {
     const Inputs in(index_q, index_k, index_weights, q, k, lse, indices, softmax_scale);
     const int64_t token = in.index_heads * in.index_dim, key = in.index_dim;
-    Tensor d_index_q = zeros_like_device(
-        index_q, {in.num_tokens, in.index_heads, in.index_dim}, index_q.scalar_type());
+    Tensor d_index_q = zeros_like_device(index_q, {in.num_tokens, in.index_heads, in.index_dim},
+                                         index_q.scalar_type());
     Tensor d_index_k = empty_like_device(index_k, {in.num_keys, key}, index_k.scalar_type());
-    Tensor d_weights =
-        zeros_like_device(lse, {in.num_tokens, in.index_heads}, ScalarType::Float);
+    Tensor d_weights = zeros_like_device(lse, {in.num_tokens, in.index_heads}, ScalarType::Float);
 
     const std::vector<Task> tasks = make_tasks(in, cu_seqlens_q, cu_seqlens_k);
     const int64_t num_tasks = static_cast<int64_t>(tasks.size());

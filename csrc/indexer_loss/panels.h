@@ -12,7 +12,8 @@ namespace dsa::DSA_ISA {
 
 inline constexpr int64_t kBlock = 32;  // keys of a packed panel: 16 KB at depth 128, half of L1
 
-// ---- c = a . b -----------------------------------------------------------------------------------
+// ---- c = a . b
+// -----------------------------------------------------------------------------------
 
 // R rows by two vectors in registers: 8 sums, 2 loads and 4 broadcasts a step at R = 4.
 template <int R>
@@ -49,7 +50,8 @@ inline void multiply(const float* a, int64_t a_row, int64_t a_col, int64_t rows,
     }
 }
 
-// ---- packing -------------------------------------------------------------------------------------
+// ---- packing
+// -------------------------------------------------------------------------------------
 
 // Lane l of `low` or `high` when rows i and i + W of a square exchange their off-diagonal halves.
 template <int W>
@@ -95,7 +97,8 @@ inline void pack_transposed(const T* base, int64_t stride, const int64_t* rows, 
             VecU square[kLanes];
             for (int l = 0; l < kLanes; ++l) {
                 square[l] = VecU{};
-                if (s + l < n) std::memcpy(&square[l], base + rows[s + l] * stride + d, sizeof(VecU));
+                if (s + l < n)
+                    std::memcpy(&square[l], base + rows[s + l] * stride + d, sizeof(VecU));
             }
             transpose(square);
             for (int l = 0; l < kLanes; ++l) {
@@ -111,7 +114,8 @@ inline void pack_transposed(const T* base, int64_t stride, const int64_t* rows, 
     }
 }
 
-// ---- log -----------------------------------------------------------------------------------------
+// ---- log
+// -----------------------------------------------------------------------------------------
 
 // log(x) for normal x > 0, relative error below 2e-7 away from 1 and absolute error below 1e-7
 // near it. x = m 2^e with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(r), r = (m - 1) / (m + 1).

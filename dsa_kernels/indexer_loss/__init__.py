@@ -63,7 +63,7 @@ def indexer_loss(
         indices: [T, K] int32 selected keys of each token, relative to its sequence, ascending; an entry outside
             [0, Lk) or equal to its predecessor is empty. They are taken as they are: causality is the selection's.
         deterministic: the backward without float atomics; costs a second pass over the keys in the dense form, a sort
-            of T K pairs and T K (16 + 4) bytes of workspace in the sparse form.
+            of T K pairs in the sparse form, with 20 bytes of workspace a pair besides the sort's own.
 
     Returns:
         loss: [T] float32; 0 for a token that sees no key or belongs to no sequence, and its gradient is 0.

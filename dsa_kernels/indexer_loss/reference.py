@@ -43,7 +43,16 @@ def indexer_loss(index_q, index_k, index_weights, q, k, lse, indices, cu_seqlens
     loss, mass = torch.zeros(2, q.shape[0], dtype=precise, device=q.device)
     index_lse = torch.full_like(loss, -torch.inf)
     blocks = _blocks(
-        index_q, index_k, index_weights, q, k, lse, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale
+        index_q,
+        index_k,
+        index_weights,
+        q,
+        k,
+        lse,
+        indices,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        softmax_scale,
     )
     for t, _, visible, _, _, scores, log_p in blocks:
         normaliser = scores.masked_fill(~visible, -torch.inf).logsumexp(1)
@@ -61,7 +70,16 @@ def indexer_loss_bwd(dloss, index_q, index_k, index_weights, q, k, lse, index_ls
     dq, dw = torch.zeros_like(index_q), torch.zeros_like(index_weights)
     dk = torch.zeros_like(index_k, dtype=precise)
     blocks = _blocks(
-        index_q, index_k, index_weights, q, k, lse, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale
+        index_q,
+        index_k,
+        index_weights,
+        q,
+        k,
+        lse,
+        indices,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        softmax_scale,
     )
     for t, n, visible, keys, logits, scores, log_p in blocks:
         softmax = (scores - index_lse[t, None]).exp().masked_fill(~visible, 0)

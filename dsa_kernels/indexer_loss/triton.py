@@ -35,7 +35,9 @@ INTERPRETED = tl.constexpr(interpreting())
 @triton.jit
 def mma(a, b):
     """a . b for the matrix units, with a in b's dtype."""
-    if INTERPRETED:  # its tl.dot takes the bits of a bfloat16 for an integer, and its casts to one truncate
+    if (
+        INTERPRETED
+    ):  # its tl.dot takes the bits of a bfloat16 for an integer, and its casts to one truncate
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a.to(b.dtype), b, input_precision="ieee")
 
@@ -112,7 +114,6 @@ def indexer_loss_dense_fwd_kernel(
     split = tl.program_id(1)
     sequence, first = find_tile(offsets_q, num_sequences, tl.program_id(0), BLOCK_T, CHUNK)
     if sequence < num_sequences:
-        q_begin = tl.load(offsets_q + sequence)
         q_end = tl.load(offsets_q + sequence + 1)
         k_begin = tl.load(offsets_k + sequence)
         num_keys = tl.load(offsets_k + sequence + 1) - k_begin

@@ -143,7 +143,9 @@ def indexer_loss_dense_bwd_dk_kernel(
             t = base + tl.arange(0, BLOCK_T)
             inside = t < q_end
             limit = num_keys - (q_end - t) + 1  # keys that t sees
-            visible = ((rows - k_begin)[None, :] < limit[:, None]) & inside[:, None] & stored[None, :]
+            visible = (
+                ((rows - k_begin)[None, :] < limit[:, None]) & inside[:, None] & stored[None, :]
+            )
             d_scores = score_gradients(
                 index_q, weights, q, k, lse, dloss, index_lse, mass, t, inside, visible, index_keys, rows, stored,
                 index_q_stride, index_q_head, weights_stride, q_stride, q_head, k_stride, k_head, lse_stride,
@@ -205,8 +207,12 @@ def indexer_loss_sparse_bwd_kernel(
                 tl.store(key_rows + pair, rows, mask=valid)
             else:
                 pointers = d_index_k + rows.to(tl.int64)[:, None] * DI + d[None, :]
-                tl.atomic_add(pointers, mma(d_logits, index_query), mask=valid[:, None], sem="relaxed")
-        tl.store(d_index_q + (t * HI + j)[:, None] * DI + d[None, :], d_query, mask=(j < HI)[:, None])
+                tl.atomic_add(
+                    pointers, mma(d_logits, index_query), mask=valid[:, None], sem="relaxed"
+                )
+        tl.store(
+            d_index_q + (t * HI + j)[:, None] * DI + d[None, :], d_query, mask=(j < HI)[:, None]
+        )
         tl.store(d_weights + t * HI + j, d_w, mask=j < HI)
 
 
@@ -249,7 +255,9 @@ def indexer_loss_bwd(dloss, index_q, index_k, index_weights, q, k, lse, index_ls
     scale_log2 = softmax_scale * LOG2_E.value
     heads = {"HI": index_q.shape[1], "DI": index_q.shape[2]}
     sizes = {**heads, "G": k.shape[1], "HEADS": q.shape[1] // k.shape[1], "D": q.shape[2]}
-    if 0 in (num_tokens, num_keys, num_sequences) or (indices is not None and indices.shape[1] == 0):
+    if 0 in (num_tokens, num_keys, num_sequences) or (
+        indices is not None and indices.shape[1] == 0
+    ):
         return d_index_q.to(index_q.dtype), d_index_k.to(index_k.dtype), d_weights
     if indices is not None:
         pairs = indices.shape if deterministic else (0, 0)
