@@ -23,7 +23,7 @@ from ..dispatch import interpreting
 BLOCKS = {"bf16": (64, 128), "fp32": (32, 64)}
 SPARSE_BLOCK_S = {"bf16": 64, "fp32": 32}
 NUM_WARPS, NUM_STAGES = 8, 2
-SPARSE_NUM_WARPS, SPARSE_NUM_STAGES = 4, 2
+SPARSE_NUM_WARPS, SPARSE_NUM_STAGES = 4, 1  # two stages take 166 KB of shared memory
 PROGRAMS_PER_SM = 2
 MAX_SPLITS = 32
 CHUNK = 128  # sequences looked at together when a tile finds its own
@@ -35,9 +35,8 @@ INTERPRETED = tl.constexpr(interpreting())
 @triton.jit
 def mma(a, b):
     """a . b for the matrix units, with a in b's dtype."""
-    if (
-        INTERPRETED
-    ):  # its tl.dot takes the bits of a bfloat16 for an integer, and its casts to one truncate
+    # The interpreter's tl.dot takes the bits of a bfloat16 for an integer, and its casts to one truncate.
+    if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a.to(b.dtype), b, input_precision="ieee")
 
