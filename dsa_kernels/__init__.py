@@ -9,22 +9,27 @@ native.load_cpu_library()
 
 from .dispatch import explain, registered_ops, use  # noqa: E402
 from .indexer_logits import indexer_logits, indexer_logits_paged  # noqa: E402
-from .indexer_topk import indexer_topk, indexer_topk_paged  # noqa: E402
 from .indexer_loss import AttentionTarget, indexer_loss  # noqa: E402
+from .indexer_topk import indexer_topk, indexer_topk_paged  # noqa: E402
+from .moe_router import RoutingMap, load_balancing_loss, moe_router, routing_map  # noqa: E402
 from .native import build_info  # noqa: E402
 from .sparse_attention import sparse_attention  # noqa: E402
 from .topk_select import topk_select  # noqa: E402
 
 __all__ = [
     "AttentionTarget",
+    "RoutingMap",
     "build_info",
     "explain",
     "indexer_logits",
     "indexer_logits_paged",
+    "indexer_loss",
     "indexer_topk",
     "indexer_topk_paged",
-    "indexer_loss",
+    "load_balancing_loss",
+    "moe_router",
     "registered_ops",
+    "routing_map",
     "sparse_attention",
     "topk_select",
     "use",
