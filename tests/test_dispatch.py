@@ -53,7 +53,11 @@ def test_every_op_has_a_schema_a_fake_and_kernels(name):
 @pytest.mark.parametrize("name", OPS)
 def test_every_table_serves_every_machine(name):
     tiers = [row.tier for row in dsa_kernels.registered_ops()[name].table]
-    assert set(tiers) <= set(TIERS) and tiers[-1] == "reference" and {"triton", "cpu"} <= set(tiers)
+    assert set(tiers) <= set(TIERS) and tiers[-1] == "reference" and "triton" in tiers
+    if hasattr(
+        dsa_kernels, name.removesuffix("_bwd")
+    ):  # else a step that only the GPU kernels take
+        assert "cpu" in tiers
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -93,7 +97,7 @@ def test_explain_on_a_gpu_takes_no_cpu_row():
 
 
 def test_explain_checks_its_arguments():
-    with pytest.raises(ValueError, match="op: expected one of .*topk_select.*, got 'topk'"):
+    with pytest.raises(ValueError, match=r"op: expected one of .*topk_select.*, got 'topk'"):
         dsa_kernels.explain("topk")
     with pytest.raises(ValueError, match="topk: expected an integer >= 1, got 0"):
         dsa_kernels.explain("topk_select", scores(), 0, None, None)
@@ -122,7 +126,7 @@ def test_use_follows_the_callers_order():
 
 def test_use_rejects_unknown_names():
     with (
-        pytest.raises(ValueError, match="tiers: expected names from cuda, .*, got 'gpu'"),
+        pytest.raises(ValueError, match=r"tiers: expected names from cuda, .*, got 'gpu'"),
         dsa_kernels.use("gpu"),
     ):
         pass
@@ -137,7 +141,7 @@ def test_dsa_impl(monkeypatch):
     monkeypatch.setenv("DSA_IMPL", "cuda,cpu")
     assert chosen() == "cpu"
     monkeypatch.setenv("DSA_IMPL", "cpu,fast")
-    with pytest.raises(ValueError, match="DSA_IMPL: expected names from cuda, .*, got 'fast'"):
+    with pytest.raises(ValueError, match=r"DSA_IMPL: expected names from cuda, .*, got 'fast'"):
         dsa_kernels.topk_select(scores(), 4)
 
 
