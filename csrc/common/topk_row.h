@@ -90,43 +90,47 @@ class TopkRow {
     static constexpr int64_t kGroup = 4 * kLanes;  // keys that are skipped together
     static constexpr int kBins = 2048;
 
-    void append(uint32_t key, int64_t position, bool keep) {
-        keys_[count_] = key;
-        positions_[count_] = static_cast<int32_t>(position);
-        count_ += keep;
-    }
-
     void keep_all(const float* scores, int64_t base, int64_t i, int64_t stop) {
-        for (; i + kLanes <= stop; i += kLanes) {
+        uint32_t* keys = keys_.data() + count_;
+        int32_t* positions = positions_.data() + count_;
+        count_ += stop - i;
+        for (; i + kLanes <= stop; i += kLanes, keys += kLanes, positions += kLanes) {
             const VecU key = order_key(load(scores + i));
-            std::memcpy(&keys_[count_], &key, sizeof key);
-            for (int l = 0; l < kLanes; ++l)
-                positions_[count_ + l] = static_cast<int32_t>(base + i + l);
-            count_ += kLanes;
+            std::memcpy(keys, &key, sizeof key);
+            for (int l = 0; l < kLanes; ++l) positions[l] = static_cast<int32_t>(base + i + l);
         }
-        for (; i < stop; ++i) append(order_key(scores[i]), base + i, true);
+        for (; i < stop; ++i) {
+            *keys++ = order_key(scores[i]);
+            *positions++ = static_cast<int32_t>(base + i);
+        }
     }
 
     void keep_better(const float* scores, int64_t base, int64_t i, int64_t stop) {
+        const uint32_t bound = bound_;
+        uint32_t* keys = keys_.data();
+        int32_t* positions = positions_.data();
+        int64_t count = count_;
+        const auto append = [&](uint32_t key, int64_t position) {
+            keys[count] = key;
+            positions[count] = static_cast<int32_t>(position);
+            count += key > bound;
+        };
         for (; i + kGroup <= stop; i += kGroup) {
-            uint32_t keys[kGroup];
+            uint32_t group[kGroup];
             VecU above{};
             for (int v = 0; v < kGroup; v += kLanes) {
                 const VecU key = order_key(load(scores + i + v));
-                above |= (VecU)(key > bound_);
-                std::memcpy(keys + v, &key, sizeof key);
+                above |= (VecU)(key > bound);
+                std::memcpy(group + v, &key, sizeof key);
             }
-            uint64_t any[kLanes / 2];
-            std::memcpy(any, &above, sizeof any);
-            uint64_t found = 0;
-            for (uint64_t word : any) found |= word;
+            uint64_t words[kLanes / 2], found = 0;
+            std::memcpy(words, &above, sizeof words);
+            for (uint64_t word : words) found |= word;
             if (found == 0) continue;
-            for (int v = 0; v < kGroup; ++v) append(keys[v], base + i + v, keys[v] > bound_);
+            for (int v = 0; v < kGroup; ++v) append(group[v], base + i + v);
         }
-        for (; i < stop; ++i) {
-            const uint32_t key = order_key(scores[i]);
-            append(key, base + i, key > bound_);
-        }
+        for (; i < stop; ++i) append(order_key(scores[i]), base + i);
+        count_ = count;
     }
 
     // The best topk candidates' positions go to `positions`; they become the candidates.
@@ -134,12 +138,15 @@ class TopkRow {
         int64_t ties;  // how many keys equal to the bound belong to the set
         bound_ = kth_largest(&ties);
         bounded_ = true;
+        const uint32_t bound = bound_;
+        uint32_t* keys = keys_.data();
+        const int32_t* from = positions_.data();
         for (int64_t i = 0, filled = 0; filled < topk_; ++i) {
-            const uint32_t key = keys_[i];
-            const bool equal = key == bound_;
-            keys_[filled] = key;
-            positions[filled] = positions_[i];
-            filled += (key > bound_) | (equal & (ties > 0));
+            const uint32_t key = keys[i];
+            const bool equal = key == bound;
+            keys[filled] = key;
+            positions[filled] = from[i];
+            filled += (key > bound) | (equal & (ties > 0));
             ties -= equal;
         }
         count_ = topk_;

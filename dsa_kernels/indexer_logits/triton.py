@@ -22,6 +22,7 @@ import triton.language as tl
 
 PAGE_SIZE = 64
 BLOCK_Q, BLOCK_K, WARPS, STAGES = 64, 128, 4, 3
+MAX_REGISTERS = None  # a cap of 128 spills nothing with 8 warps
 PAGED_BLOCK_Q, PAGED_BLOCK_K, PAGED_WARPS, PAGED_STAGES = 8, 128, 4, 3
 # Before compute capability 8.9 the operands are float16, which take more registers.
 FLOAT16_BLOCK_K, FLOAT16_WARPS, FLOAT16_PAGED_WARPS = 64, 8, 8
@@ -204,6 +205,7 @@ def score_packed(out, first_token, end_token, width, min_visible, fill, q, weigh
         cu_seqlens_q.shape[0] - 1, k.shape[0], width, q.stride(0), weights.stride(0), k.stride(0), out.stride(0),
         min_visible, q.shape[1], D=q.shape[2], STEPS=bisection_steps(cu_seqlens_q), FP8_DOT=fp8, FILL=fill,
         BLOCK_Q=BLOCK_Q, BLOCK_K=block_k, num_warps=warps, num_stages=STAGES,
+        maxnreg=MAX_REGISTERS if fp8 else None,
     )  # fmt: skip
 
 
