@@ -214,7 +214,7 @@ def sparse_attention_bwd_owner_kernel(dout, q, k, v, lse, delta, dk, dv, key_til
         words = tl.load(bitmap + (step - start).to(tl.int64)[:, None] * num_words + word[None, :], mask=(step < end)[:, None], other=0)  # fmt: skip
         if tl.sum(tl.sum((words != 0).to(tl.int32), 1), 0) > 0:
             for block in range(blocks):
-                t, token, head, inside, _ = tile_rows(t0, tl.minimum(end - t0, TOKENS), tl.program_id(1) * blocks + block,
+                _, token, head, inside, _ = tile_rows(t0, tl.minimum(end - t0, TOKENS), tl.program_id(1) * blocks + block,
                                                       group, TOKENS, HEADS)  # fmt: skip
                 queries, grad, row_lse, row_delta = load_query_rows(q, dout, lse, delta, token, head, inside, stride_qt,
                                                                     stride_qh, stride_dt, stride_dh, num_heads, D)  # fmt: skip
