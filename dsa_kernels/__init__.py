@@ -13,6 +13,7 @@ from .indexer_loss import AttentionTarget, indexer_loss  # noqa: E402
 from .indexer_topk import indexer_topk, indexer_topk_paged  # noqa: E402
 from .moe_router import RoutingMap, load_balancing_loss, moe_router, routing_map  # noqa: E402
 from .native import build_info  # noqa: E402
+from .norm_rope import norm_rope  # noqa: E402
 from .sparse_attention import sparse_attention  # noqa: E402
 from .topk_select import topk_select  # noqa: E402
 
@@ -28,6 +29,7 @@ __all__ = [
     "indexer_topk_paged",
     "load_balancing_loss",
     "moe_router",
+    "norm_rope",
     "registered_ops",
     "routing_map",
     "sparse_attention",
