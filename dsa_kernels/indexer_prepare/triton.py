@@ -22,6 +22,7 @@ from ..paged_cache.triton import load_slots
 
 NUM_WARPS = 2
 ROWS = 32 * NUM_WARPS  # vectors a program, one a thread
+VECTOR_BITS = {"cuda": 128, "cpu": 4096}  # loaded at once; Triton's interpreter is paid by the call
 
 
 @triton.jit
@@ -46,24 +47,25 @@ def concatenate(a, b):
 
 
 @triton.jit
-def load_row(source, N: tl.constexpr):
+def load_row(source, N: tl.constexpr, VECTOR_BITS: tl.constexpr):
     """source[0, N) of each row, [R] pointers, as float32 [R, N] of which a thread holds whole rows."""
-    if N * source.dtype.element_ty.primitive_bitwidth > 128:
-        return concatenate(load_row(source, N // 2), load_row(source + N // 2, N // 2))
+    if N * source.dtype.element_ty.primitive_bitwidth > VECTOR_BITS:
+        a = load_row(source, N // 2, VECTOR_BITS)
+        b = load_row(source + N // 2, N // 2, VECTOR_BITS)
+        return concatenate(a, b)
     else:
         return tl.load(source[:, None] + tl.arange(0, N)[None, :]).to(tl.float32)
 
 
 @triton.jit
-def store_row(target, codes, mask):
-    """Stores the rows of codes [R, N] uint8 at [R] pointers, 16 bytes at a time."""
+def store_row(target, codes, mask, VECTOR_BITS: tl.constexpr):
+    """Stores the rows of codes [R, N] uint8 at [R] pointers."""
     rows: tl.constexpr = codes.shape[0]
     n: tl.constexpr = codes.shape[1]
-    if n > 16:
-        halves = tl.permute(tl.reshape(codes, [rows, 2, n // 2]), [0, 2, 1])
-        a, b = tl.split(halves)
-        store_row(target, a, mask)
-        store_row(target + n // 2, b, mask)
+    if n * 8 > VECTOR_BITS:
+        a, b = tl.split(tl.permute(tl.reshape(codes, [rows, 2, n // 2]), [0, 2, 1]))
+        store_row(target, a, mask, VECTOR_BITS)
+        store_row(target + n // 2, b, mask, VECTOR_BITS)
     else:
         tl.store(target[:, None] + tl.arange(0, n)[None, :], codes, mask=mask[:, None])
 
@@ -127,7 +129,7 @@ def indexer_prepare_kernel(q, k, gate, q_weight, k_weight, k_bias, cos, sin, q_c
                            cache_keys, cache_scales, slots, num_tokens, heads, q_tiles, pages, eps, q_stride, q_head,
                            k_stride, gate_stride, cos_stride, sin_stride, page_stride, DIM: tl.constexpr,
                            NORMALIZE: tl.constexpr, ROWS: tl.constexpr, CACHED: tl.constexpr, ON_GPU: tl.constexpr,
-                           NATIVE_FP8: tl.constexpr):  # fmt: skip
+                           NATIVE_FP8: tl.constexpr, VECTOR_BITS: tl.constexpr):  # fmt: skip
     HALF: tl.constexpr = DIM // 2
     DTYPE: tl.constexpr = q.dtype.element_ty
     program = tl.program_id(0)
@@ -140,17 +142,18 @@ def indexer_prepare_kernel(q, k, gate, q_weight, k_weight, k_bias, cos, sin, q_c
         head = row % heads
         row = row.to(tl.int64)
         source = q + token * q_stride + head * q_head
-        low = load_row(source, HALF)
-        high = load_row(source + HALF, HALF)
+        low = load_row(source, HALF, VECTOR_BITS)
+        high = load_row(source + HALF, HALF, VECTOR_BITS)
         inverse = inverse_rms(low, high, DIM, eps)
-        low = low * inverse * load_row(q_weight + same, HALF)
-        high = high * inverse * load_row(q_weight + HALF + same, HALF)
+        low = low * inverse * load_row(q_weight + same, HALF, VECTOR_BITS)
+        high = high * inverse * load_row(q_weight + HALF + same, HALF, VECTOR_BITS)
         low, high = rotate(
             rounded(low, DTYPE, ON_GPU), rounded(high, DTYPE, ON_GPU),
-            load_row(cos + token * cos_stride, HALF), load_row(sin + token * sin_stride, HALF), DTYPE, ON_GPU,
+            load_row(cos + token * cos_stride, HALF, VECTOR_BITS),
+            load_row(sin + token * sin_stride, HALF, VECTOR_BITS), DTYPE, ON_GPU,
         )  # fmt: skip
         codes, scale = transform_and_quantize(low, high, NORMALIZE, DTYPE, ON_GPU, NATIVE_FP8)
-        store_row(q_codes + row * DIM, codes, mask)
+        store_row(q_codes + row * DIM, codes, mask, VECTOR_BITS)
         g = tl.load(gate + token * gate_stride + head).to(tl.float32)
         tl.store(weights + row, g * scale * NORMALIZE, mask=mask)
     else:
@@ -158,26 +161,27 @@ def indexer_prepare_kernel(q, k, gate, q_weight, k_weight, k_bias, cos, sin, q_c
         mask = row < num_tokens
         token = tl.minimum(row, num_tokens - 1)
         source = k + token * k_stride
-        low = load_row(source, HALF)
-        high = load_row(source + HALF, HALF)
+        low = load_row(source, HALF, VECTOR_BITS)
+        high = load_row(source + HALF, HALF, VECTOR_BITS)
         mean = (tl.sum(low + high, 1) / DIM)[:, None]
         low = low - mean
         high = high - mean
         inverse = inverse_rms(low, high, DIM, eps)
-        low = low * inverse * load_row(k_weight + same, HALF)
-        low += load_row(k_bias + same, HALF)
-        high = high * inverse * load_row(k_weight + HALF + same, HALF)
-        high += load_row(k_bias + HALF + same, HALF)
+        low = low * inverse * load_row(k_weight + same, HALF, VECTOR_BITS)
+        low += load_row(k_bias + same, HALF, VECTOR_BITS)
+        high = high * inverse * load_row(k_weight + HALF + same, HALF, VECTOR_BITS)
+        high += load_row(k_bias + HALF + same, HALF, VECTOR_BITS)
         low, high = rotate(
             rounded(low, DTYPE, ON_GPU), rounded(high, DTYPE, ON_GPU),
-            load_row(cos + token * cos_stride, HALF), load_row(sin + token * sin_stride, HALF), DTYPE, ON_GPU,
+            load_row(cos + token * cos_stride, HALF, VECTOR_BITS),
+            load_row(sin + token * sin_stride, HALF, VECTOR_BITS), DTYPE, ON_GPU,
         )  # fmt: skip
         codes, scale = transform_and_quantize(low, high, NORMALIZE, DTYPE, ON_GPU, NATIVE_FP8)
-        store_row(k_codes + row * DIM, codes, mask)
+        store_row(k_codes + row * DIM, codes, mask, VECTOR_BITS)
         tl.store(k_scale + row, scale, mask=mask)
         if CACHED:
             valid, page, offset = load_slots(slots, row, num_tokens, pages)
-            store_row(cache_keys + page * page_stride + offset * DIM, codes, valid)
+            store_row(cache_keys + page * page_stride + offset * DIM, codes, valid, VECTOR_BITS)
             place = cache_scales + page * (page_stride // 4) + 16 * DIM + offset
             tl.store(place, scale, mask=valid)
 
@@ -207,7 +211,7 @@ def launch(q, k, gate, q_weight, k_weight, k_bias, cos, sin, eps, index_cache, s
             index_cache.shape[0] if cached else 0, eps, q.stride(0), q.stride(1), k.stride(0), gate.stride(0),
             cos.stride(0), sin.stride(0), index_cache.stride(0) if cached else 0, DIM=dim,
             NORMALIZE=dim**-0.5, ROWS=ROWS, CACHED=cached, ON_GPU=q.is_cuda, NATIVE_FP8=has_fp8_conversion(q.device),
-            num_warps=NUM_WARPS,
+            VECTOR_BITS=VECTOR_BITS[q.device.type], num_warps=NUM_WARPS,
         )  # fmt: skip
     return q_codes.view(torch.float8_e4m3fn), weights, k_codes.view(torch.float8_e4m3fn), k_scale
 
