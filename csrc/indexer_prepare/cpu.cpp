@@ -7,7 +7,7 @@
 // to bf16 after each of the three steps.
 #include "common/cpu.h"
 
-#include "common/fp8.h"
+#include "common/e4m3.h"
 #include "common/paging.h"
 
 namespace dsa::DSA_ISA {

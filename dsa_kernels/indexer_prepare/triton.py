@@ -93,7 +93,7 @@ def butterflies(x, DISTANCE: tl.constexpr):
 
 @triton.jit
 def e4m3_encode(x, NATIVE_FP8: tl.constexpr):
-    """The e4m3 code of x, |x| <= 448 or NaN, to nearest even; see csrc/common/fp8.h."""
+    """The e4m3 code of x, |x| <= 448 or NaN, to nearest even; see csrc/common/e4m3.h."""
     if NATIVE_FP8:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     bits = x.to(tl.uint32, bitcast=True)
