@@ -18,10 +18,9 @@
 
 #include "common/cpu.h"
 #include "common/e4m3.h"
+#include "common/paging.h"
 
 namespace dsa::DSA_ISA {
-
-inline constexpr int64_t kPageSize = 64;
 
 // The index keys of one sequence: key(s) is its D codes, nullptr where there is none.
 struct PackedKeys {
