@@ -8,13 +8,16 @@ from . import native
 native.load_cpu_library()
 
 from .dispatch import explain, registered_ops, use  # noqa: E402
+from .moe_router import RoutingMap, routing_map  # noqa: E402
 from .native import build_info  # noqa: E402
 from .topk_select import topk_select  # noqa: E402
 
 __all__ = [
+    "RoutingMap",
     "build_info",
     "explain",
     "registered_ops",
+    "routing_map",
     "topk_select",
     "use",
 ]
