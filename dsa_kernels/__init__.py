@@ -8,6 +8,14 @@ from . import native
 native.load_cpu_library()
 
 from .dispatch import explain, registered_ops, use  # noqa: E402
+from .grouped_gemm import (  # noqa: E402
+    grouped_gemm,
+    grouped_gemm_fp8,
+    grouped_gemm_wgrad,
+    quantize_blocks,
+    quantize_rows,
+)
+from .moe_mlp import experts, moe_mlp  # noqa: E402
 from .moe_router import RoutingMap, routing_map  # noqa: E402
 from .native import build_info  # noqa: E402
 from .topk_select import topk_select  # noqa: E402
@@ -15,7 +23,14 @@ from .topk_select import topk_select  # noqa: E402
 __all__ = [
     "RoutingMap",
     "build_info",
+    "experts",
     "explain",
+    "grouped_gemm",
+    "grouped_gemm_fp8",
+    "grouped_gemm_wgrad",
+    "moe_mlp",
+    "quantize_blocks",
+    "quantize_rows",
     "registered_ops",
     "routing_map",
     "topk_select",
