@@ -63,7 +63,9 @@ concept HasAddress = requires(const Operand& b) { b.at(0); };
 template <int R, int C, typename B>
 inline void dot_tile(const float* a, int64_t lda, const B* const* b, int64_t k, float* out,
                      int64_t ldo) {
-    Vec sum[R][C] = {};
+    Vec sum[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) sum[r][c] = Vec{};
     for (int64_t i = 0; i < k; i += kLanes) {
         Vec x[R];
         for (int r = 0; r < R; ++r) x[r] = load(a + r * lda + i);

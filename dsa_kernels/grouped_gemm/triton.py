@@ -7,7 +7,8 @@ expert's last row again and are not stored, so the main loop has no row masks.
 
 grouped_gemm_wgrad: one program per expert and 128 x 256 block of its gradient, looping over the expert's rows, 64 at a
 time; both operands are row tiles with the reduction as slow dimension, one of them transposed in shared memory for
-free. Rows may be gathered (moe_mlp passes tokens). Sums run in row order: deterministic.
+free. Rows may be gathered (moe_mlp passes tokens): the tokens of the next step are loaded ahead, so that the row loads
+stay asynchronous. Sums run in row order: deterministic.
 
 Bound by the tensor cores above about 300 rows an expert, by streaming B below.
 """
@@ -26,15 +27,21 @@ CONFIGS = (
     (64, 64, 128, 64, 4, 4),
     (None, 128, 256, 64, 8, 4),
 )
-CONFIG_FP32 = (None, 32, 64, 32, 4, 2)
-WGRAD = (128, 256, 64, 8, 3)  # BLOCK_N, BLOCK_K, BLOCK_R, warps, stages; bf16
-WGRAD_FP32 = (32, 64, 32, 4, 2)
+SMALL = (32, 64, 32, 4, 2)  # fp32, and bf16 whose strides rule out 16-byte loads
+WGRAD = (128, 256, 64, 8, 4)  # BLOCK_N, BLOCK_K, BLOCK_R, warps, stages; bf16
+WGRAD_SMALL = (32, 64, 32, 4, 2)
 
 
-def config(dtype, rows, experts, table=CONFIGS):
+def is_small(*operands):
+    """Whether a call takes the SMALL tiles: without wide asynchronous loads a large tile spills."""
+    strides = [stride for x in operands for stride in x.stride() if stride > 1]
+    return operands[0].dtype == torch.float32 or any(stride % 16 for stride in strides)
+
+
+def config(small, rows, experts, table=CONFIGS):
     """The tile of a call, from the mean number of rows an expert."""
-    if dtype == torch.float32:
-        return CONFIG_FP32[1:]
+    if small:
+        return SMALL
     mean = rows / max(experts, 1)
     return next(entry[1:] for entry in table if entry[0] is None or mean <= entry[0])
 
@@ -81,13 +88,12 @@ def grouped_gemm_kernel(a, b, out, tiles, num_tiles, N, K, a_row, b_expert, b_n,
 
 
 @triton.jit
-def gathered_row(tokens, row, inside, num_tokens, GATHER: tl.constexpr):
-    """Source row of each row and whether there is one."""
+def source_row(row, end, token, num_tokens, GATHER: tl.constexpr):
+    """Where each row of an operand is, and whether there is one."""
     if GATHER:
-        token = tl.load(tokens + row, mask=inside, other=-1)
         valid = (token >= 0) & (token < num_tokens)
         return tl.where(valid, token, 0).to(tl.int64), valid
-    return row.to(tl.int64), inside
+    return row.to(tl.int64), row < end
 
 
 @triton.jit
@@ -105,14 +111,27 @@ def grouped_gemm_wgrad_kernel(dc, a, out, offsets, tokens, experts, rows, num_to
     r = tl.arange(0, BLOCK_R)
     begin, end = expert_rows(offsets, expert, experts, rows, GROUPS)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    ahead = begin + r
+    token = tl.zeros([BLOCK_R], tl.int32) - 1
+    if GATHER_DC or GATHER_A:
+        token = tl.load(tokens + ahead, mask=ahead < end, other=-1)
     for first in range(begin, end, BLOCK_R):
         row = first + r
-        dc_at, dc_valid = gathered_row(tokens, row, row < end, num_tokens, GATHER_DC)
-        a_at, a_valid = gathered_row(tokens, row, row < end, num_tokens, GATHER_A)
-        x = tl.load(dc + dc_at[:, None] * dc_row + n[None, :],
-                    mask=dc_valid[:, None] & (n[None, :] < N), other=0.0)  # fmt: skip
-        y = tl.load(a + a_at[:, None] * a_row + k[None, :],
-                    mask=a_valid[:, None] & (k[None, :] < K), other=0.0)  # fmt: skip
+        dc_at, dc_valid = source_row(row, end, token, num_tokens, GATHER_DC)
+        a_at, a_valid = source_row(row, end, token, num_tokens, GATHER_A)
+        x = tl.load(
+            dc + dc_at[:, None] * dc_row + n[None, :],
+            mask=dc_valid[:, None] & (n[None, :] < N),
+            other=0.0,
+        )
+        y = tl.load(
+            a + a_at[:, None] * a_row + k[None, :],
+            mask=a_valid[:, None] & (k[None, :] < K),
+            other=0.0,
+        )
+        if GATHER_DC or GATHER_A:
+            ahead = row + BLOCK_R
+            token = tl.load(tokens + ahead, mask=ahead < end, other=-1)
         acc = dot(tl.trans(x), y, acc, IEEE)
     out_ptrs = out + (expert.to(tl.int64) * N + n.to(tl.int64))[:, None] * K + k[None, :]
     tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=(n[:, None] < N) & (k[None, :] < K))
@@ -135,7 +154,7 @@ def grouped_gemm(a, b, offsets):
     rows = a.shape[0]
     if rows == 0 or b.shape[1] == 0:
         return torch.empty((rows, b.shape[1]), dtype=a.dtype, device=a.device)
-    shape = config(a.dtype, rows, b.shape[0])
+    shape = config(is_small(a, b), rows, b.shape[0])
     return multiply(a, b, tile_list(offsets, rows, shape[0]), shape)
 
 
@@ -145,12 +164,11 @@ def weight_gradient(dc, a, offsets, rows, tokens=None, gather_dc=False, gather_a
     out = torch.empty((experts, height, width), dtype=a.dtype, device=a.device)
     if out.numel() == 0:
         return out
-    fp32 = a.dtype == torch.float32
-    block_n, block_k, block_r, warps, stages = WGRAD_FP32 if fp32 else WGRAD
+    block_n, block_k, block_r, warps, stages = WGRAD_SMALL if is_small(dc, a) else WGRAD
     grid = (experts * triton.cdiv(height, block_n) * triton.cdiv(width, block_k),)
     grouped_gemm_wgrad_kernel[grid](
         dc, a, out, offsets, tokens, experts, rows, dc.shape[0] if gather_dc else a.shape[0], height, width,
-        dc.stride(0), a.stride(0), GATHER_DC=gather_dc, GATHER_A=gather_a, IEEE=fp32, GROUPS=num_groups(offsets),
+        dc.stride(0), a.stride(0), GATHER_DC=gather_dc, GATHER_A=gather_a, IEEE=a.dtype == torch.float32, GROUPS=num_groups(offsets),
         BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

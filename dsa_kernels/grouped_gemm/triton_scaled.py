@@ -78,7 +78,7 @@ def grouped_gemm_fp8(a, a_scale, b, b_scale, offsets):
     native = has_fp8_units(a.device)
     if not native:
         a, b = a.view(torch.uint8), b.view(torch.uint8)
-    block_m, warps, stages = config(torch.bfloat16, rows, b.shape[0], CONFIGS)
+    block_m, warps, stages = config(False, rows, b.shape[0], CONFIGS)
     tiles = tile_list(offsets, rows, block_m)
     grouped_gemm_fp8_kernel[(tiles.shape[0] * (width // BLOCK),)](
         a, a_scale, b, b_scale, out, tiles, tiles.shape[0], width, a.shape[1], NATIVE=native, BLOCK_M=block_m,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..grouped_gemm.triton import config, dot, multiply
+from ..grouped_gemm.triton import config, dot, is_small, multiply
 from ..grouped_gemm.triton_tiles import tile_and_column, tile_list
 
 GROUP_M = 8
@@ -29,9 +29,29 @@ UP = (
 )
 # BLOCK_M -> (BLOCK_N, BLOCK_K, warps, stages): down
 DOWN = {16: (64, 128, 4, 5), 32: (64, 128, 4, 4), 64: (128, 64, 4, 4), 128: (256, 64, 8, 4)}
-DOWN_FP32 = (64, 32, 4, 2)
+DOWN_SMALL = (64, 32, 4, 2)
 COMBINE_BLOCK = 2048  # hidden columns of a program
 COMBINE_WARPS = 4
+
+
+@triton.jit
+def halves(x, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """The left and right columns of x; both lie in the same threads, so nothing moves."""
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, HALF]), (0, 2, 1)))
+
+
+@triton.jit
+def swiglu(gate, up, h, act, m, end, column, F, SAVE_H: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes BLOCK columns of act, and of h."""
+    f = column + tl.arange(0, BLOCK)
+    inside = (m[:, None] < end) & (f[None, :] < F)
+    row = m.to(tl.int64)[:, None]
+    if SAVE_H:
+        at = h + row * 2 * F + f[None, :]
+        tl.store(at, gate.to(h.dtype.element_ty), mask=inside)
+        tl.store(at + F, up.to(h.dtype.element_ty), mask=inside)
+    value = gate * tl.sigmoid(gate) * up
+    tl.store(act + row * F + f[None, :], value.to(act.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -69,14 +89,11 @@ def moe_mlp_up_kernel(x, w13, act, h, tiles, row_token, num_tiles, num_tokens, F
                 w_ptrs += BLOCK_K
         acc = tl.where(known[:, None], acc, 0.0)
         gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_F, 2]))
-        f_out = column * BLOCK_F + tl.arange(0, BLOCK_F)
-        inside = (m[:, None] < end) & (f_out[None, :] < F)
-        row = m.to(tl.int64)[:, None]
-        if SAVE_H:
-            tl.store(h + row * 2 * F + f_out[None, :], gate.to(h.dtype.element_ty), mask=inside)
-            tl.store(h + row * 2 * F + F + f_out[None, :], up.to(h.dtype.element_ty), mask=inside)
-        value = gate * tl.sigmoid(gate) * up
-        tl.store(act + row * F + f_out[None, :], value.to(act.dtype.element_ty), mask=inside)
+        gate_low, gate_high = halves(gate, BLOCK_M, BLOCK_F // 2)
+        up_low, up_high = halves(up, BLOCK_M, BLOCK_F // 2)
+        at = column * BLOCK_F
+        swiglu(gate_low, up_low, h, act, m, end, at, F, SAVE_H, BLOCK_F // 2)
+        swiglu(gate_high, up_high, h, act, m, end, at + BLOCK_F // 2, F, SAVE_H, BLOCK_F // 2)
 
 
 @triton.jit
@@ -131,7 +148,8 @@ def moe_mlp(x, w13, w2, weights, offsets, row_token, slot_row, save_h):
     h = torch.empty((rows if save_h else 0, 2 * width), dtype=x.dtype, device=x.device)
     if rows == 0 or x.numel() == 0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format), h.zero_()
-    block_m, block_f, block_k, warps, stages = config(x.dtype, rows, w2.shape[0], UP)
+    small = is_small(x, w13, w2)
+    block_m, block_f, block_k, warps, stages = config(small, rows, w2.shape[0], UP)
     tiles = tile_list(offsets, rows, block_m)
     act = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     moe_mlp_up_kernel[(tiles.shape[0] * triton.cdiv(width, block_f),)](
@@ -140,6 +158,6 @@ def moe_mlp(x, w13, w2, weights, offsets, row_token, slot_row, save_h):
         IEEE=x.dtype == torch.float32, BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k, GROUP_M=GROUP_M,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    down = DOWN_FP32 if x.dtype == torch.float32 else DOWN[block_m]
+    down = DOWN_SMALL if small else DOWN[block_m]
     y = multiply(act, w2, tiles, (block_m, *down))
     return combine(y, slot_row, weights)[0], h
