@@ -13,6 +13,8 @@ stay asynchronous. Sums run in row order: deterministic.
 Bound by the tensor cores above about 300 rows an expert, by streaming B below.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -20,20 +22,21 @@ import triton.language as tl
 from .triton_tiles import expert_rows, num_groups, tile_and_column, tile_list
 
 GROUP_M = 8  # tiles a band, see triton_tiles
-# (rows an expert up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages); bf16
+# (rows an expert up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages). The first row is for fp32, and for bf16 whose
+# strides rule out 16-byte loads: without wide asynchronous loads a large tile spills.
 CONFIGS = (
+    ("small", 32, 64, 32, 4, 2),
     (16, 16, 64, 128, 4, 5),
     (32, 32, 64, 128, 4, 4),
     (64, 64, 128, 64, 4, 4),
-    (None, 128, 256, 64, 8, 4),
+    (math.inf, 128, 256, 64, 8, 4),
 )
-SMALL = (32, 64, 32, 4, 2)  # fp32, and bf16 whose strides rule out 16-byte loads
 WGRAD = (128, 256, 64, 8, 4)  # BLOCK_N, BLOCK_K, BLOCK_R, warps, stages; bf16
 WGRAD_SMALL = (32, 64, 32, 4, 2)
 
 
 def is_small(*operands):
-    """Whether a call takes the SMALL tiles: without wide asynchronous loads a large tile spills."""
+    """Whether a call takes the first row of a table."""
     strides = [stride for x in operands for stride in x.stride() if stride > 1]
     return operands[0].dtype == torch.float32 or any(stride % 16 for stride in strides)
 
@@ -41,9 +44,8 @@ def is_small(*operands):
 def config(small, rows, experts, table=CONFIGS):
     """The tile of a call, from the mean number of rows an expert."""
     if small:
-        return SMALL
-    mean = rows / max(experts, 1)
-    return next(entry[1:] for entry in table if entry[0] is None or mean <= entry[0])
+        return table[0][1:]
+    return next(entry[1:] for entry in table[1:] if rows <= entry[0] * max(experts, 1))
 
 
 @triton.jit

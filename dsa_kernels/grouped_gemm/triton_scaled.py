@@ -7,18 +7,18 @@ exactly.
 """
 
 import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 
-from .triton import config
 from .triton_tiles import tile_and_column, tile_list
 
 GROUP_M = 8
 BLOCK = 128  # a scale block; BLOCK_N and BLOCK_K
 # (rows an expert up to, BLOCK_M, warps, stages)
-CONFIGS = ((16, 16, 4, 4), (32, 32, 4, 4), (64, 64, 4, 4), (None, 128, 8, 4))
+CONFIGS = ((16, 16, 4, 4), (32, 32, 4, 4), (64, 64, 4, 4), (math.inf, 128, 8, 4))
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def grouped_gemm_fp8(a, a_scale, b, b_scale, offsets):
     native = has_fp8_units(a.device)
     if not native:
         a, b = a.view(torch.uint8), b.view(torch.uint8)
-    block_m, warps, stages = config(False, rows, b.shape[0], CONFIGS)
+    block_m, warps, stages = next(c[1:] for c in CONFIGS if rows <= c[0] * max(b.shape[0], 1))
     tiles = tile_list(offsets, rows, block_m)
     grouped_gemm_fp8_kernel[(tiles.shape[0] * (width // BLOCK),)](
         a, a_scale, b, b_scale, out, tiles, tiles.shape[0], width, a.shape[1], NATIVE=native, BLOCK_M=block_m,

@@ -12,6 +12,8 @@ Few rows an expert (decoding) take tiles of 16 or 32 rows and narrow column bloc
 weights. Bound by the weights' bytes up to about 2000 tokens of 8 experts in 128, by the tensor cores above.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -22,10 +24,11 @@ from ..grouped_gemm.triton_tiles import tile_and_column, tile_list
 GROUP_M = 8
 # (rows an expert up to, BLOCK_M, BLOCK_F, BLOCK_K, warps, stages): up; BLOCK_M is also down's
 UP = (
+    ("small", 32, 32, 32, 4, 2),
     (16, 16, 32, 128, 4, 5),
     (32, 32, 32, 128, 4, 4),
     (64, 64, 64, 64, 4, 4),
-    (None, 128, 128, 64, 8, 4),
+    (math.inf, 128, 128, 64, 8, 4),
 )
 # BLOCK_M -> (BLOCK_N, BLOCK_K, warps, stages): down
 DOWN = {16: (64, 128, 4, 5), 32: (64, 128, 4, 4), 64: (128, 64, 4, 4), 128: (256, 64, 8, 4)}

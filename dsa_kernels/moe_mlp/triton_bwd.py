@@ -9,6 +9,8 @@ dx rows  dh w13 (grouped_gemm's kernel on the transposed view), then combine add
 The weight s of a row is the weight of its token's slot that names the row.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -20,10 +22,11 @@ from .triton import combine, halves
 GROUP_M = 8
 # (rows an expert up to, BLOCK_M, BLOCK_F, BLOCK_K, warps, stages)
 DH = (
+    ("small", 32, 32, 32, 4, 2),
     (16, 16, 64, 128, 4, 4),
     (32, 32, 64, 128, 4, 4),
     (64, 64, 128, 64, 4, 4),
-    (None, 128, 128, 64, 8, 4),
+    (math.inf, 128, 128, 64, 8, 4),
 )
 # BLOCK_M -> (BLOCK_N, BLOCK_K, warps, stages)
 DX = {16: (64, 128, 4, 4), 32: (64, 128, 4, 4), 64: (128, 64, 4, 4), 128: (256, 64, 8, 4)}
