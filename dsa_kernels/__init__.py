@@ -16,7 +16,7 @@ from .grouped_gemm import (  # noqa: E402
     quantize_rows,
 )
 from .moe_mlp import experts, moe_mlp  # noqa: E402
-from .moe_router import RoutingMap, routing_map  # noqa: E402
+from .moe_router import RoutingMap, load_balancing_loss, moe_router, routing_map  # noqa: E402
 from .native import build_info  # noqa: E402
 from .topk_select import topk_select  # noqa: E402
 
@@ -28,7 +28,9 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_fp8",
     "grouped_gemm_wgrad",
+    "load_balancing_loss",
     "moe_mlp",
+    "moe_router",
     "quantize_blocks",
     "quantize_rows",
     "registered_ops",

@@ -1,6 +1,38 @@
-"""The definitions of moe_router and routing_map."""
+"""The definitions of moe_router, its gradient, and routing_map."""
 
 import torch
+
+
+def moe_router(logits, topk, normalize):
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    prob = scores.softmax(-1)  # [T, E]
+
+    # Both sorts are stable: by score with NaN as -inf, then NaN behind everything.
+    inf = torch.inf
+    order = scores.detach().nan_to_num(-inf, inf, -inf).sort(dim=-1, descending=True, stable=True)
+    nan_last = scores.isnan().gather(1, order.indices).int().sort(dim=-1, stable=True)
+    ids = order.indices.gather(1, nan_last.indices)[:, :topk]
+
+    weights = prob.gather(1, ids)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    chosen = ids.flatten()
+    counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
+    counts = counts.scatter_add(0, chosen, torch.ones_like(chosen))
+    return weights, ids.int(), counts.int(), prob.sum(0)
+
+
+def moe_router_bwd(dweights, dprob_sum, logits, ids, normalize):
+    prob = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    valid = (ids >= 0) & (ids < logits.shape[1])
+    index = torch.where(valid, ids, 0).long()
+    if normalize:
+        chosen = torch.where(valid, prob.gather(1, index), 0)
+        total = chosen.sum(-1, keepdim=True)
+        dweights = (dweights - (dweights * chosen / total).sum(-1, keepdim=True)) / total
+    dprob = torch.zeros_like(prob) if dprob_sum is None else dprob_sum.expand(prob.shape)
+    dprob = dprob.scatter_add(1, index, torch.where(valid, dweights, 0))
+    return (prob * (dprob - (prob * dprob).sum(-1, keepdim=True))).to(logits.dtype)
 
 
 def routing_map(ids, num_experts):
