@@ -19,8 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import interpreting
 from .triton_tiles import expert_rows, num_groups, tile_and_column, tile_list
 
+INTERPRETED = tl.constexpr(interpreting())
 GROUP_M = 8  # tiles a band, see triton_tiles
 # (rows an expert up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages). The first row is for fp32, and for bf16 whose
 # strides rule out 16-byte loads: without wide asynchronous loads a large tile spills.
@@ -49,15 +51,16 @@ def config(small, rows, experts, table=CONFIGS):
 
 
 @triton.jit
-def dot(a, b, acc, IEEE: tl.constexpr):
-    if IEEE:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    return tl.dot(a, b, acc)
+def dot(a, b, acc):
+    """acc + a b; float32 operands keep their precision."""
+    if INTERPRETED:  # its tl.dot takes the bits of a bfloat16 for an integer
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def grouped_gemm_kernel(a, b, out, tiles, num_tiles, N, K, a_row, b_expert, b_n, b_k, EVEN_N: tl.constexpr,
-                        EVEN_K: tl.constexpr, IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                        EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):  # fmt: skip
     tile, column = tile_and_column(tl.cdiv(N, BLOCK_N), num_tiles, GROUP_M)
     expert = tl.load(tiles + tile * 4)
@@ -82,7 +85,7 @@ def grouped_gemm_kernel(a, b, out, tiles, num_tiles, N, K, a_row, b_expert, b_n,
                     y = tl.load(b_ptrs)
                 else:
                     y = tl.load(b_ptrs, mask=(k[:, None] < K - k0) & (n[None, :] < N), other=0.0)
-                acc = dot(x, y, acc, IEEE)
+                acc = dot(x, y, acc)
                 a_ptrs += BLOCK_K
                 b_ptrs += step
         out_ptrs = out + m.to(tl.int64)[:, None] * N + n[None, :]
@@ -100,8 +103,7 @@ def source_row(row, end, token, num_tokens, GATHER: tl.constexpr):
 
 @triton.jit
 def grouped_gemm_wgrad_kernel(dc, a, out, offsets, tokens, experts, rows, num_tokens, N, K, dc_row, a_row,
-                              GATHER_DC: tl.constexpr, GATHER_A: tl.constexpr, IEEE: tl.constexpr,
-                              GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                              GATHER_DC: tl.constexpr, GATHER_A: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                               BLOCK_R: tl.constexpr):  # fmt: skip
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_k = tl.cdiv(K, BLOCK_K)
@@ -134,7 +136,7 @@ def grouped_gemm_wgrad_kernel(dc, a, out, offsets, tokens, experts, rows, num_to
         if GATHER_DC or GATHER_A:
             ahead = row + BLOCK_R
             token = tl.load(tokens + ahead, mask=ahead < end, other=-1)
-        acc = dot(tl.trans(x), y, acc, IEEE)
+        acc = dot(tl.trans(x), y, acc)
     out_ptrs = out + (expert.to(tl.int64) * N + n.to(tl.int64))[:, None] * K + k[None, :]
     tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=(n[:, None] < N) & (k[None, :] < K))
 
@@ -146,7 +148,7 @@ def multiply(a, b, tiles, shape):
     out = torch.empty((a.shape[0], width), dtype=a.dtype, device=a.device)
     grouped_gemm_kernel[(tiles.shape[0] * triton.cdiv(width, block_n),)](
         a, b, out, tiles, tiles.shape[0], width, depth, a.stride(0), *b.stride(),
-        EVEN_N=width % block_n == 0, EVEN_K=depth % block_k == 0, IEEE=a.dtype == torch.float32,
+        EVEN_N=width % block_n == 0, EVEN_K=depth % block_k == 0,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
@@ -170,7 +172,7 @@ def weight_gradient(dc, a, offsets, rows, tokens=None, gather_dc=False, gather_a
     grid = (experts * triton.cdiv(height, block_n) * triton.cdiv(width, block_k),)
     grouped_gemm_wgrad_kernel[grid](
         dc, a, out, offsets, tokens, experts, rows, dc.shape[0] if gather_dc else a.shape[0], height, width,
-        dc.stride(0), a.stride(0), GATHER_DC=gather_dc, GATHER_A=gather_a, IEEE=a.dtype == torch.float32, GROUPS=num_groups(offsets),
+        dc.stride(0), a.stride(0), GATHER_DC=gather_dc, GATHER_A=gather_a, GROUPS=num_groups(offsets),
         BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -59,8 +59,7 @@ def swiglu(gate, up, h, act, m, end, column, F, SAVE_H: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def moe_mlp_up_kernel(x, w13, act, h, tiles, row_token, num_tiles, num_tokens, F, K, x_row, w_expert, w_row,
-                      SAVE_H: tl.constexpr, EVEN_F: tl.constexpr, EVEN_K: tl.constexpr, IEEE: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+                      SAVE_H: tl.constexpr, EVEN_F: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
                       GROUP_M: tl.constexpr):  # fmt: skip
     tile, column = tile_and_column(tl.cdiv(F, BLOCK_F), num_tiles, GROUP_M)
     expert = tl.load(tiles + tile * 4)
@@ -87,7 +86,7 @@ def moe_mlp_up_kernel(x, w13, act, h, tiles, row_token, num_tiles, num_tokens, F
                     b = tl.load(w_ptrs)
                 else:
                     b = tl.load(w_ptrs, mask=(k[:, None] < K - k0) & (f[None, :] < F), other=0.0)
-                acc = dot(a, b, acc, IEEE)
+                acc = dot(a, b, acc)
                 x_ptrs += BLOCK_K
                 w_ptrs += BLOCK_K
         acc = tl.where(known[:, None], acc, 0.0)
@@ -157,8 +156,7 @@ def moe_mlp(x, w13, w2, weights, offsets, row_token, slot_row, save_h):
     act = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     moe_mlp_up_kernel[(tiles.shape[0] * triton.cdiv(width, block_f),)](
         x, w13, act, h, tiles, row_token, tiles.shape[0], x.shape[0], width, depth, x.stride(0), w13.stride(0),
-        w13.stride(1), SAVE_H=save_h, EVEN_F=width % block_f == 0, EVEN_K=depth % block_k == 0,
-        IEEE=x.dtype == torch.float32, BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k, GROUP_M=GROUP_M,
+        w13.stride(1), SAVE_H=save_h, EVEN_F=width % block_f == 0, EVEN_K=depth % block_k == 0, BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k, GROUP_M=GROUP_M,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     down = DOWN_SMALL if small else DOWN[block_m]

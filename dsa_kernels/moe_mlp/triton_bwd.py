@@ -56,7 +56,7 @@ def swiglu_backward(dact, s, h, dh, act, m, end, column, F, BLOCK: tl.constexpr)
 @triton.jit
 def moe_mlp_bwd_dh_kernel(dout, w2, h, dh, act, parts, weights, slot_row, row_token, tiles, num_tiles, num_tokens,
                           F, K, dout_row, w_expert, w_row, topk, EVEN_F: tl.constexpr, EVEN_K: tl.constexpr,
-                          IEEE: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+                          TOPK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
                           BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(F, BLOCK_F)
     tile, column = tile_and_column(blocks, num_tiles, GROUP_M)
@@ -83,7 +83,7 @@ def moe_mlp_bwd_dh_kernel(dout, w2, h, dh, act, parts, weights, slot_row, row_to
                 b = tl.load(w_ptrs)
             else:
                 b = tl.load(w_ptrs, mask=(k[:, None] < K - k0) & (f[None, :] < F), other=0.0)
-            acc = dot(a, b, acc, IEEE)
+            acc = dot(a, b, acc)
             a_ptrs += BLOCK_K
             w_ptrs += step
 
@@ -120,8 +120,7 @@ def moe_mlp_bwd(dout, x, h, w13, w2, weights, offsets, row_token, slot_row):
     topk = slot_row.shape[1]
     moe_mlp_bwd_dh_kernel[(tiles.shape[0] * blocks,)](
         dout, w2, h, dh, act, parts, weights, slot_row, row_token, tiles, tiles.shape[0], x.shape[0], width, depth,
-        dout.stride(0), w2.stride(0), w2.stride(1), topk, EVEN_F=width % block_f == 0, EVEN_K=depth % block_k == 0,
-        IEEE=x.dtype == torch.float32, TOPK=triton.next_power_of_2(topk), BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k,
+        dout.stride(0), w2.stride(0), w2.stride(1), topk, EVEN_F=width % block_f == 0, EVEN_K=depth % block_k == 0, TOPK=triton.next_power_of_2(topk), BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k,
         GROUP_M=GROUP_M, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     dw2 = weight_gradient(dout, act, offsets, rows, row_token, gather_dc=True)
