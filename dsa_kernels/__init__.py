@@ -16,11 +16,16 @@ from .grouped_gemm import (  # noqa: E402
     quantize_rows,
 )
 from .moe_mlp import experts, moe_mlp  # noqa: E402
+from .indexer_logits import indexer_logits, indexer_logits_paged  # noqa: E402
+from .indexer_loss import AttentionTarget, indexer_loss  # noqa: E402
+from .indexer_topk import indexer_topk, indexer_topk_paged  # noqa: E402
 from .moe_router import RoutingMap, load_balancing_loss, moe_router, routing_map  # noqa: E402
 from .native import build_info  # noqa: E402
+from .sparse_attention import sparse_attention  # noqa: E402
 from .topk_select import topk_select  # noqa: E402
 
 __all__ = [
+    "AttentionTarget",
     "RoutingMap",
     "build_info",
     "experts",
@@ -28,6 +33,11 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_fp8",
     "grouped_gemm_wgrad",
+    "indexer_logits",
+    "indexer_logits_paged",
+    "indexer_loss",
+    "indexer_topk",
+    "indexer_topk_paged",
     "load_balancing_loss",
     "moe_mlp",
     "moe_router",
@@ -35,6 +45,7 @@ __all__ = [
     "quantize_rows",
     "registered_ops",
     "routing_map",
+    "sparse_attention",
     "topk_select",
     "use",
 ]
