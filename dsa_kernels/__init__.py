@@ -8,10 +8,18 @@ from . import native
 native.load_cpu_library()
 
 from .dispatch import explain, registered_ops, use  # noqa: E402
+from .grouped_gemm import (  # noqa: E402
+    grouped_gemm,
+    grouped_gemm_fp8,
+    grouped_gemm_wgrad,
+    quantize_blocks,
+    quantize_rows,
+)
 from .indexer_logits import indexer_logits, indexer_logits_paged  # noqa: E402
 from .indexer_loss import AttentionTarget, indexer_loss  # noqa: E402
 from .indexer_prepare import IndexerNorms, indexer_prepare  # noqa: E402
 from .indexer_topk import indexer_topk, indexer_topk_paged  # noqa: E402
+from .moe_mlp import experts, moe_mlp  # noqa: E402
 from .moe_router import RoutingMap, load_balancing_loss, moe_router, routing_map  # noqa: E402
 from .native import build_info  # noqa: E402
 from .norm_rope import norm_rope  # noqa: E402
@@ -30,7 +38,11 @@ __all__ = [
     "IndexerNorms",
     "RoutingMap",
     "build_info",
+    "experts",
     "explain",
+    "grouped_gemm",
+    "grouped_gemm_fp8",
+    "grouped_gemm_wgrad",
     "indexer_logits",
     "indexer_logits_paged",
     "indexer_loss",
@@ -38,8 +50,11 @@ __all__ = [
     "indexer_topk",
     "indexer_topk_paged",
     "load_balancing_loss",
+    "moe_mlp",
     "moe_router",
     "norm_rope",
+    "quantize_blocks",
+    "quantize_rows",
     "read_index_cache",
     "read_kv_cache",
     "registered_ops",
