@@ -23,9 +23,7 @@ struct View {  // a matrix of floats by strides
 template <int R, int V>
 inline void gemm_register_tile(int64_t k, View a, const float* b, int64_t ldb, float* c,
                                int64_t ldc, bool accumulate) {
-    Vec sum[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sum[r][v] = accumulate ? load(c + r * ldc + v * kLanes) : Vec{};
+    Vec sum[R][V] = {};  // added to C at the end: sums of blocks round less than one long chain
     const float* column = a.data;
     for (int64_t i = 0; i < k; ++i, b += ldb, column += a.column) {
         Vec x[V];
@@ -36,7 +34,10 @@ inline void gemm_register_tile(int64_t k, View a, const float* b, int64_t ldb, f
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(c + r * ldc + v * kLanes, sum[r][v]);
+        for (int v = 0; v < V; ++v) {
+            float* to = c + r * ldc + v * kLanes;
+            store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+        }
 }
 
 template <int V>

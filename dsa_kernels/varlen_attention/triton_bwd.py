@@ -143,7 +143,7 @@ def varlen_attention_bwd_dkv_kernel(dout, row_lse, delta, q, k, v, dk_out, dv_ou
     GROUP: tl.constexpr = H // G
     kv_head = tl.program_id(0) % G
     tile = tl.program_id(0) // G
-    key, begin_k, end_k, begin_q, end_q = find_tile(cu_k, cu_q, num_seqs, L, T, tile, BLOCK_N, SEQS)
+    key, _, end_k, begin_q, end_q = find_tile(cu_k, cu_q, num_seqs, L, T, tile, BLOCK_N, SEQS)
     if key >= end_k:
         return
     k_lo = load_rows(k + kv_head * D, K_STRIDE, key, end_k, D, 0, LO, BLOCK_N, True)
