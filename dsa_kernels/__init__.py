@@ -31,7 +31,9 @@ from .paged_cache import (  # noqa: E402
     write_kv_cache,
 )
 from .sparse_attention import sparse_attention  # noqa: E402
+from .sparse_decode import sparse_decode  # noqa: E402
 from .topk_select import topk_select  # noqa: E402
+from .varlen_attention import varlen_attention  # noqa: E402
 
 __all__ = [
     "AttentionTarget",
@@ -60,9 +62,11 @@ __all__ = [
     "registered_ops",
     "routing_map",
     "sparse_attention",
+    "sparse_decode",
     "token_slots",
     "topk_select",
     "use",
+    "varlen_attention",
     "write_index_cache",
     "write_kv_cache",
 ]
