@@ -6,8 +6,11 @@ pytest times the same ones under pytest-benchmark.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,3 +52,15 @@ class Case:
 
 
 Cases = Callable[[torch.device], list[Case]]
+
+
+def discover() -> dict[str, Cases]:
+    """`cases` of every module of this folder that defines them, by the module's name, sorted."""
+    found: dict[str, Cases] = {}
+    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if info.name.startswith(("_", "conftest", "test_")):
+            continue
+        module = importlib.import_module(f"{__package__}.{info.name}")
+        if hasattr(module, "cases"):
+            found[info.name] = module.cases
+    return dict(sorted(found.items()))

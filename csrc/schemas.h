@@ -27,12 +27,13 @@ inline constexpr const char* kSchemas[] = {
 
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool deterministic) -> (Tensor out, Tensor lse)",
     "sparse_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "build_union(Tensor indices, Tensor tiles, Tensor(a!) keys, Tensor(b!) masks, Tensor(c!) counts, SymInt num_keys, int list_block) -> ()",
     "sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor indices, Tensor page_table, Tensor lengths, Tensor cu_seqlens_q, float softmax_scale) -> (Tensor out, Tensor lse)",
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, float softmax_scale, bool deterministic) -> (Tensor out, Tensor lse)",
     "varlen_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, float softmax_scale, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
 
-    "indexer_loss(Tensor index_q, Tensor index_k, Tensor index_weights, Tensor q, Tensor k, Tensor lse, Tensor? indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool deterministic) -> (Tensor loss, Tensor index_lse)",
-    "indexer_loss_bwd(Tensor dloss, Tensor index_q, Tensor index_k, Tensor index_weights, Tensor q, Tensor k, Tensor lse, Tensor index_lse, Tensor? indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    "indexer_loss(Tensor index_q, Tensor index_k, Tensor index_weights, Tensor q, Tensor k, Tensor lse, Tensor? indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool deterministic) -> (Tensor loss, Tensor index_lse, Tensor mass)",
+    "indexer_loss_bwd(Tensor dloss, Tensor index_q, Tensor index_k, Tensor index_weights, Tensor q, Tensor k, Tensor lse, Tensor index_lse, Tensor mass, Tensor? indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool deterministic) -> (Tensor, Tensor, Tensor)",
 
     "write_kv_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()",
     "write_index_cache(Tensor k, Tensor k_scale, Tensor(a!) index_cache, Tensor slots) -> ()",
@@ -45,7 +46,7 @@ inline constexpr const char* kSchemas[] = {
     "grouped_gemm(Tensor a, Tensor b, Tensor offsets) -> Tensor",
     "grouped_gemm_wgrad(Tensor dc, Tensor a, Tensor offsets) -> Tensor",
     "grouped_gemm_fp8(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets) -> Tensor",
-    "moe_mlp(Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor offsets, Tensor row_token, Tensor slot_row) -> (Tensor out, Tensor h)",
+    "moe_mlp(Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor offsets, Tensor row_token, Tensor slot_row, bool save_h) -> (Tensor out, Tensor h)",
     "moe_mlp_bwd(Tensor dout, Tensor x, Tensor h, Tensor w13, Tensor w2, Tensor weights, Tensor offsets, Tensor row_token, Tensor slot_row) -> (Tensor dx, Tensor dw13, Tensor dw2, Tensor dweights)",
 };
 // clang-format on

@@ -25,6 +25,7 @@ TIERS = ("cuda", "tilelang", "triton", "cpu", "reference")
 _library = torch.library.Library("dsa_kernels", "IMPL")
 _ops: dict[str, Op] = {}
 _forced: list[tuple[str, ...]] = []
+_records: list[list[tuple[str, str]]] = []
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Op:
             raise ValueError(
                 f"{self.name}: no implementation serves this call\n" + _reasons(self, declined)
             )
+        for record in _records:
+            record.append((self.name, row.tier))
         return _function(self.room, row.module, row.function or self.name, row.tier)(*args)
 
 
@@ -162,6 +165,17 @@ def use(*tiers: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[str, str]]]:
+    """Yields a list that gains (op, tier) for every call inside; the benchmarks say with it what they measured."""
+    record: list[tuple[str, str]] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.pop()
 
 
 def from_dlpack(value: Any) -> Any:

@@ -82,19 +82,23 @@ def select_row(row, n, topk, out, key_buffer, column_buffer, GROUPS: tl.constexp
             tl.store(out + position, tl.where(position < n, position, -1), mask=position < topk)
     else:
         best = tl.zeros([GROUPS], tl.uint32)
-        for base in range(0, n, GROUPS):
-            best = tl.maximum(best, load_keys(row, base + tl.arange(0, GROUPS), n))
+        for base in range(0, n, 4 * GROUPS):
+            for i in tl.static_range(4):  # four loads in flight
+                group = base + i * GROUPS + tl.arange(0, GROUPS)
+                best = tl.maximum(best, load_keys(row, group, n))
         bound = kth_largest(best, topk)  # 0 if topk > GROUPS: no bound
 
         above = 0
-        for base in range(0, n, BLOCK):
-            columns = base + tl.arange(0, BLOCK)
-            keys = load_keys(row, columns, n)
-            passes = (keys > bound).to(tl.int32)
+        ahead = load_keys(row, tl.arange(0, 2 * BLOCK), n)
+        for base in range(0, n, 2 * BLOCK):
+            columns_2 = base + tl.arange(0, 2 * BLOCK)
+            keys_2 = ahead
+            ahead = load_keys(row, columns_2 + 2 * BLOCK, n)  # arrives while this block is scanned
+            passes = (keys_2 > bound).to(tl.int32)
             position = above + tl.cumsum(passes, 0) - 1
             fits = (passes == 1) & (position < CAPACITY)
-            tl.store(key_buffer + position, keys.to(tl.int32, bitcast=True), mask=fits)
-            tl.store(column_buffer + position, columns, mask=fits)
+            tl.store(key_buffer + position, keys_2.to(tl.int32, bitcast=True), mask=fits)
+            tl.store(column_buffer + position, columns_2, mask=fits)
             above += tl.sum(passes)
         tl.debug_barrier()
 

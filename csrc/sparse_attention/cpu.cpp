@@ -1,0 +1,455 @@
+// sparse_attention on the CPU: one token and one KV head at a time, every selected K and V row read
+// once for all heads of the group.
+//
+// Forward, per (token, KV head): tiles of kTile rows (16 KB, in L1) against blocks of kBlock heads.
+// Scores stay in kLanes accumulators of kBlock heads x kLanes / kBlock keys, summed by one
+// transposing tree, and lie as [K][kBlock]: the lanes of the softmax are heads. Softmax over the
+// list in two passes, then tiles of V rows against kBlock heads x kWide accumulators. bf16 rows
+// widen in registers. Scratch: K scores a head, per thread.
+//
+// Backward: dq by token, as the forward. dk and dv by (KV head, range of kRange keys): the owner
+// walks the tokens in order, so the order of the sums does not depend on the number of threads. The
+// scores are computed in both passes: 7 products instead of 5, but no memory beyond O(T * K).
+//
+// Bound by FMAs while K and V fit L3: 8 FMAs per 6 loads.
+#include "common/cpu.h"
+
+#include "common/simd.h"
+
+namespace dsa::DSA_ISA {
+
+constexpr int64_t kTile = 64;
+constexpr int64_t kRange = 1024;  // keys a dk / dv task owns: 1 MB of sums at D = 128
+constexpr int kWide = kLanes == 16 ? 4 : 2;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+template <int... I>
+inline Vec add_neighbours(Vec a, Vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (2 * I)...) +
+           __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+
+// r[i] = sum of the lanes of x[i]; x is used up.
+inline Vec reduce_lanes(Vec* x) {
+    for (int n = kLanes; n > 1; n /= 2)
+        for (int i = 0; i < n / 2; ++i)
+            x[i] =
+                add_neighbours(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
+    return x[0];
+}
+
+// Lane i becomes combine(lanes i % kBlock, i % kBlock + kBlock, ...).
+template <int kBlock, typename Combine>
+inline Vec across_keys(Vec v, Combine combine) {
+    float x[kLanes];
+    store(x, v);
+    for (int w = kLanes / 2; w >= kBlock; w /= 2)
+        for (int i = 0; i < w; ++i) x[i] = combine(x[i], x[i + w]);
+    for (int i = kBlock; i < kLanes; ++i) x[i] = x[i % kBlock];
+    return load(x);
+}
+
+// The n rows of one KV head of k or v that one token selected.
+template <typename T>
+struct Rows {
+    const T* base;
+    int64_t stride;
+    const int32_t* positions;
+    int64_t n;
+    const T* operator[](int64_t i) const { return base + positions[i] * stride; }
+
+    void prefetch(int64_t begin, int64_t end, int64_t dim) const {
+        for (int64_t i = begin; i < std::min(end, n); ++i)
+            for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T)))
+                __builtin_prefetch((*this)[i] + d);
+    }
+};
+
+// Floats a block of scores takes: n rounded up to whole vectors of [keys][kBlock].
+template <int kBlock>
+int64_t padded_size(int64_t n) {
+    return (n * kBlock + kLanes - 1) / kLanes * kLanes;
+}
+
+// scores[b][i][h] = rows[i] . heads[b][h], for `blocks` blocks of heads [kBlock][dim].
+template <int kBlock, typename T>
+void dot_rows(const float* heads, int64_t blocks, const Rows<T>& rows, int64_t dim, float* scores) {
+    constexpr int kKeys = kLanes / kBlock;
+    const int64_t size = padded_size<kBlock>(rows.n);
+    for (int64_t begin = 0; begin < rows.n; begin += kTile) {
+        const int64_t end = std::min(begin + kTile, rows.n);
+        rows.prefetch(end, end + kTile, dim);
+        for (int64_t b = 0; b < blocks; ++b) {
+            const float* head = heads + b * kBlock * dim;
+            for (int64_t i = begin; i < end; i += kKeys) {
+                const T* key[kKeys];
+                for (int j = 0; j < kKeys; ++j) key[j] = rows[std::min(i + j, rows.n - 1)];
+                Vec sums[kLanes] = {};
+                for (int64_t d = 0; d < dim; d += kLanes)
+                    for (int j = 0; j < kKeys; ++j) {
+                        const Vec row = load(key[j] + d);
+                        for (int h = 0; h < kBlock; ++h)
+                            sums[j * kBlock + h] =
+                                row * load(head + h * dim + d) + sums[j * kBlock + h];
+                    }
+                store(scores + b * size + i * kBlock, reduce_lanes(sums));
+            }
+        }
+    }
+}
+
+// out[b][h] += sum_i weights[b][i][h] * rows[i].
+template <int kBlock, typename T>
+void add_rows(const float* weights, int64_t blocks, const Rows<T>& rows, int64_t dim, float* out) {
+    const int64_t size = padded_size<kBlock>(rows.n);
+    for (int64_t begin = 0; begin < rows.n; begin += kTile) {
+        const int64_t end = std::min(begin + kTile, rows.n);
+        rows.prefetch(end, end + kTile, dim);
+        for (int64_t b = 0; b < blocks; ++b) {
+            const float* weight = weights + b * size;
+            for (int64_t d = 0; d < dim; d += kWide * kLanes) {
+                float* target = out + b * kBlock * dim + d;
+                Vec sums[kBlock][kWide];
+                for (int h = 0; h < kBlock; ++h)
+                    for (int w = 0; w < kWide; ++w)
+                        sums[h][w] = load(target + h * dim + w * kLanes);
+                for (int64_t i = begin; i < end; ++i) {
+                    Vec value[kWide];
+                    for (int w = 0; w < kWide; ++w) value[w] = load(rows[i] + d + w * kLanes);
+                    for (int h = 0; h < kBlock; ++h)
+                        for (int w = 0; w < kWide; ++w)
+                            sums[h][w] = splat(weight[i * kBlock + h]) * value[w] + sums[h][w];
+                }
+                for (int h = 0; h < kBlock; ++h)
+                    for (int w = 0; w < kWide; ++w)
+                        store(target + h * dim + w * kLanes, sums[h][w]);
+            }
+        }
+    }
+}
+
+// sums[positions[i] - first] += sum_h weights[i][h] * heads[h], for one block of heads.
+template <int kBlock>
+void add_outer(const float* weights, const int32_t* positions, int64_t n, int64_t first,
+               const float* heads, int64_t dim, float* sums) {
+    for (int64_t i = 0; i < n; ++i) {
+        float* target = sums + (positions[i] - first) * dim;
+        Vec weight[kBlock];
+        for (int h = 0; h < kBlock; ++h) weight[h] = splat(weights[i * kBlock + h]);
+        for (int64_t d = 0; d < dim; d += kLanes) {
+            Vec sum = load(target + d);
+            for (int h = 0; h < kBlock; ++h) sum = weight[h] * load(heads + h * dim + d) + sum;
+            store(target + d, sum);
+        }
+    }
+}
+
+inline Vec exp_or_nan(Vec x) { return x == x ? vexp(x) : x; }
+
+// Softmax over the n rows of one block of scores, in place; lse[kBlock].
+template <int kBlock>
+void softmax_columns(float* scores, int64_t n, float* lse) {
+    const int64_t size = padded_size<kBlock>(n);
+    std::fill(scores + n * kBlock, scores + size, -kInfinity);
+    Vec top = splat(-kInfinity);
+    for (int64_t i = 0; i < size; i += kLanes) top = vmax(load(scores + i), top);
+    top = across_keys<kBlock>(top, [](float a, float b) { return a > b ? a : b; });
+    Vec sum{};
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const Vec weight = exp_or_nan(load(scores + i) - top);
+        store(scores + i, weight);
+        sum = sum + weight;
+    }
+    sum = across_keys<kBlock>(sum, [](float a, float b) { return a + b; });
+    const Vec inverse = splat(1.0f) / sum;
+    for (int64_t i = 0; i < size; i += kLanes) store(scores + i, load(scores + i) * inverse);
+    for (int h = 0; h < kBlock; ++h) lse[h] = top[h] + std::log(sum[h]);
+}
+
+// A packed tensor [rows][heads][dim] with a contiguous last dimension.
+template <typename T>
+struct Packed {
+    T* base;
+    int64_t row_stride, head_stride;
+    explicit Packed(const Tensor& x)
+        : base(static_cast<T*>(x.data_ptr())), row_stride(x.stride(0)), head_stride(x.stride(1)) {}
+    T* at(int64_t row, int64_t head) const { return base + row * row_stride + head * head_stride; }
+};
+
+// Start of every sequence and the end of the last: clamped to [0, size] and never decreasing.
+inline std::vector<int64_t> sequence_ends(const Tensor& cu_seqlens, int64_t size) {
+    const int32_t* values = data<int32_t>(cu_seqlens);
+    std::vector<int64_t> ends(cu_seqlens.sizes()[0]);
+    int64_t top = 0;
+    for (size_t i = 0; i < ends.size(); ++i)
+        ends[i] = top = std::max(top, std::clamp<int64_t>(values[i], 0, size));
+    return ends;
+}
+
+struct Selection {
+    const int32_t* indices;
+    int64_t stride, topk;
+    std::vector<int64_t> ends_q, ends_k;
+
+    Selection(const Tensor& ids, const Tensor& cu_q, const Tensor& cu_k, int64_t keys)
+        : indices(data<int32_t>(ids)),
+          stride(ids.stride(0)),
+          topk(ids.sizes()[1]),
+          ends_q(sequence_ends(cu_q, ids.sizes()[0])),
+          ends_k(sequence_ends(cu_k, keys)) {}
+
+    // Writes the packed positions of the keys that a token selects, ascending; returns how many.
+    int64_t positions(int64_t token, int32_t* out) const {
+        const auto next = std::upper_bound(ends_q.begin(), ends_q.end(), token);
+        if (next == ends_q.begin() || next == ends_q.end()) return 0;
+        const int64_t s = next - ends_q.begin() - 1;
+        const int64_t first = ends_k[s], length = ends_k[s + 1] - first;
+        const int32_t* row = indices + token * stride;
+        int64_t n = 0;
+        bool ascending = true;
+        for (int64_t i = 0; i < topk; ++i) {
+            if (row[i] < 0 || row[i] >= length) continue;
+            const int32_t position = static_cast<int32_t>(first + row[i]);
+            if (n > 0 && position <= out[n - 1]) {
+                if (position == out[n - 1]) continue;
+                ascending = false;
+            }
+            out[n++] = position;
+        }
+        if (ascending) return n;
+        std::sort(out, out + n);
+        return std::unique(out, out + n) - out;
+    }
+};
+
+struct Shape3 {
+    int64_t tokens, heads, dim, keys, groups, group;
+    Shape3(const Tensor& q, const Tensor& k)
+        : tokens(q.sizes()[0]),
+          heads(q.sizes()[1]),
+          dim(q.sizes()[2]),
+          keys(k.sizes()[0]),
+          groups(k.sizes()[1]),
+          group(heads / groups) {}
+};
+
+// scale * the heads of group g as float [group rounded up to whole blocks][dim]; the rest stays 0.
+template <typename T>
+void widen_heads(const Packed<T>& x, int64_t token, int64_t g, const Shape3& shape, float scale,
+                 float* out) {
+    for (int64_t h = 0; h < shape.group; ++h) {
+        const T* source = x.at(token, g * shape.group + h);
+        for (int64_t d = 0; d < shape.dim; d += kLanes)
+            store(out + h * shape.dim + d, load(source + d) * splat(scale));
+    }
+}
+
+template <typename T>
+void narrow(const float* source, int64_t n, T* out) {
+    for (int64_t d = 0; d < n; d += kLanes) store(out + d, load(source + d));
+}
+
+template <int kBlock, typename T>
+void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Selection& selection,
+             float scale, const Tensor& out, float* lse) {
+    const Shape3 shape(q, k);
+    const Packed<T> queries(q), keys(k), values(v), results(out);
+    const int64_t blocks = (shape.group + kBlock - 1) / kBlock;
+    const int64_t size = padded_size<kBlock>(selection.topk);
+    parallel_ranges(shape.tokens * shape.groups, 1, [&](int64_t begin, int64_t end) {
+        std::vector<int32_t> positions(selection.topk);
+        std::vector<float> heads(blocks * kBlock * shape.dim), sums(heads.size());
+        std::vector<float> scores(blocks * size), block_lse(blocks * kBlock);
+        int64_t listed = -1, n = 0;
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t token = item / shape.groups, g = item % shape.groups;
+            if (token != listed) n = selection.positions(token, positions.data());
+            listed = token;
+            std::fill(sums.begin(), sums.end(), 0.0f);
+            std::fill(block_lse.begin(), block_lse.end(), -kInfinity);
+            if (n > 0) {
+                const Rows<T> k_rows{keys.at(0, g), keys.row_stride, positions.data(), n};
+                const Rows<T> v_rows{values.at(0, g), values.row_stride, positions.data(), n};
+                widen_heads(queries, token, g, shape, scale, heads.data());
+                dot_rows<kBlock>(heads.data(), blocks, k_rows, shape.dim, scores.data());
+                for (int64_t b = 0; b < blocks; ++b)
+                    softmax_columns<kBlock>(scores.data() + b * padded_size<kBlock>(n), n,
+                                            block_lse.data() + b * kBlock);
+                add_rows<kBlock>(scores.data(), blocks, v_rows, shape.dim, sums.data());
+            }
+            for (int64_t h = 0; h < shape.group; ++h) {
+                const int64_t head = g * shape.group + h;
+                narrow(sums.data() + h * shape.dim, shape.dim, results.at(token, head));
+                lse[token * shape.heads + head] = block_lse[h];
+            }
+        }
+    });
+}
+
+// One token and KV head of the backward: the weights and the gradient of the scores over some keys.
+template <int kBlock, typename T>
+class TokenGradient {
+  public:
+    TokenGradient(const Shape3& shape, int64_t topk)
+        : blocks((shape.group + kBlock - 1) / kBlock),
+          q(blocks * kBlock * shape.dim),
+          dout(q.size()),
+          weights(blocks * padded_size<kBlock>(topk)),
+          dscores(weights.size()),
+          shape_(shape),
+          lse_(blocks * kLanes),
+          delta_(lse_.size()) {}
+
+    // Loads q and dout of the token and delta = dout . out - dlse.
+    void load_token(const Packed<T>& queries, const Packed<T>& gradients, const Packed<T>& outputs,
+                    const float* lse, const float* dlse, int64_t token, int64_t g) {
+        widen_heads(queries, token, g, shape_, 1.0f, q.data());
+        widen_heads(gradients, token, g, shape_, 1.0f, dout.data());
+        for (int64_t h = 0; h < shape_.group; ++h) {
+            const int64_t head = g * shape_.group + h, row = token * shape_.heads + head;
+            const float delta =
+                dot(gradients.at(token, head), outputs.at(token, head), shape_.dim) -
+                (dlse ? dlse[row] : 0.0f);
+            for (int lane = h % kBlock; lane < kLanes; lane += kBlock) {
+                lse_[h / kBlock * kLanes + lane] = lse[row];
+                delta_[h / kBlock * kLanes + lane] = delta;
+            }
+        }
+    }
+
+    void compute(const Rows<T>& k_rows, const Rows<T>& v_rows, float scale) {
+        dot_rows<kBlock>(q.data(), blocks, k_rows, shape_.dim, weights.data());
+        dot_rows<kBlock>(dout.data(), blocks, v_rows, shape_.dim, dscores.data());
+        const int64_t size = padded_size<kBlock>(k_rows.n);
+        for (int64_t b = 0; b < blocks; ++b) {
+            const Vec lse = load(&lse_[b * kLanes]), delta = load(&delta_[b * kLanes]);
+            for (int64_t i = b * size; i < (b + 1) * size; i += kLanes) {
+                const Vec weight = exp_or_nan(load(&weights[i]) * splat(scale) - lse);
+                store(&weights[i], weight);
+                store(&dscores[i], weight * (load(&dscores[i]) - delta) * splat(scale));
+            }
+        }
+    }
+
+    const int64_t blocks;
+    std::vector<float> q, dout, weights, dscores;  // [blocks][kBlock][dim], [blocks][n][kBlock]
+
+  private:
+    const Shape3 shape_;
+    std::vector<float> lse_, delta_;  // [blocks][kLanes], repeated over the keys of a vector
+};
+
+template <int kBlock, typename T>
+void backward(const Tensor& dout_, const float* dlse, const Tensor& q_, const Tensor& k_,
+              const Tensor& v_, const Tensor& out_, const float* lse, const Selection& selection,
+              float scale, const Tensor& dq_, const Tensor& dk_, const Tensor& dv_) {
+    const Shape3 shape(q_, k_);
+    const Packed<T> dout(dout_), q(q_), k(k_), v(v_), out(out_), dq(dq_), dk(dk_), dv(dv_);
+    std::vector<int32_t> positions(shape.tokens * selection.topk);
+    std::vector<int64_t> counts(shape.tokens);
+    parallel(shape.tokens, 1, [&](int64_t token) {
+        counts[token] = selection.positions(token, &positions[token * selection.topk]);
+    });
+    const auto rows = [&](const Packed<T>& x, int64_t g, const int32_t* list, int64_t n) {
+        return Rows<T>{x.at(0, g), x.row_stride, list, n};
+    };
+
+    parallel_ranges(shape.tokens * shape.groups, 1, [&](int64_t begin, int64_t end) {
+        TokenGradient<kBlock, T> gradient(shape, selection.topk);
+        std::vector<float> sums(gradient.q.size());
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t token = item / shape.groups, g = item % shape.groups;
+            const int32_t* list = positions.data() + token * selection.topk;
+            std::fill(sums.begin(), sums.end(), 0.0f);
+            if (counts[token] > 0) {
+                const Rows<T> k_rows = rows(k, g, list, counts[token]);
+                gradient.load_token(q, dout, out, lse, dlse, token, g);
+                gradient.compute(k_rows, rows(v, g, list, counts[token]), scale);
+                add_rows<kBlock>(gradient.dscores.data(), gradient.blocks, k_rows, shape.dim,
+                                 sums.data());
+            }
+            for (int64_t h = 0; h < shape.group; ++h)
+                narrow(&sums[h * shape.dim], shape.dim, dq.at(token, g * shape.group + h));
+        }
+    });
+
+    const int64_t ranges = (shape.keys + kRange - 1) / kRange;
+    parallel_ranges(ranges * shape.groups, 1, [&](int64_t begin, int64_t end) {
+        TokenGradient<kBlock, T> gradient(shape, selection.topk);
+        std::vector<float> dk_sums(kRange * shape.dim), dv_sums(kRange * shape.dim);
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t first = item / shape.groups * kRange, g = item % shape.groups;
+            const int64_t last = std::min(first + kRange, shape.keys);
+            std::fill(dk_sums.begin(), dk_sums.end(), 0.0f);
+            std::fill(dv_sums.begin(), dv_sums.end(), 0.0f);
+            for (int64_t token = 0; token < shape.tokens; ++token) {
+                const int32_t* list = positions.data() + token * selection.topk;
+                const int32_t* from = std::lower_bound(list, list + counts[token], first);
+                const int64_t n = std::lower_bound(from, list + counts[token], last) - from;
+                if (n == 0) continue;
+                gradient.load_token(q, dout, out, lse, dlse, token, g);
+                gradient.compute(rows(k, g, from, n), rows(v, g, from, n), scale);
+                const int64_t size = padded_size<kBlock>(n);
+                for (int64_t b = 0; b < gradient.blocks; ++b) {
+                    const int64_t head = b * kBlock * shape.dim;
+                    add_outer<kBlock>(&gradient.weights[b * size], from, n, first,
+                                      &gradient.dout[head], shape.dim, dv_sums.data());
+                    add_outer<kBlock>(&gradient.dscores[b * size], from, n, first,
+                                      &gradient.q[head], shape.dim, dk_sums.data());
+                }
+            }
+            for (int64_t key = first; key < last; ++key) {
+                narrow(&dk_sums[(key - first) * shape.dim], shape.dim, dk.at(key, g));
+                narrow(&dv_sums[(key - first) * shape.dim], shape.dim, dv.at(key, g));
+            }
+        }
+    });
+}
+
+// Calls body<heads a block, element type>.
+#define DSA_DISPATCH(body, group, like, ...)                                 \
+    do {                                                                     \
+        const bool wide = (like).scalar_type() == ScalarType::Float;         \
+        if ((group) == 1) {                                                  \
+            wide ? body<1, float>(__VA_ARGS__) : body<1, bf16>(__VA_ARGS__); \
+        } else if ((group) == 2) {                                           \
+            wide ? body<2, float>(__VA_ARGS__) : body<2, bf16>(__VA_ARGS__); \
+        } else {                                                             \
+            wide ? body<4, float>(__VA_ARGS__) : body<4, bf16>(__VA_ARGS__); \
+        }                                                                    \
+    } while (0)
+
+std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& indices, const Tensor& cu_seqlens_q,
+                                            const Tensor& cu_seqlens_k, double softmax_scale,
+                                            bool) {
+    const Shape3 shape(q, k);
+    Tensor out = empty_like_device(q, {shape.tokens, shape.heads, shape.dim}, q.scalar_type());
+    Tensor lse = empty_like_device(q, {shape.tokens, shape.heads}, ScalarType::Float);
+    const Selection selection(indices, cu_seqlens_q, cu_seqlens_k, shape.keys);
+    DSA_DISPATCH(forward, shape.group, q, q, k, v, selection, float(softmax_scale), out,
+                 mutable_data<float>(lse));
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_attention_bwd(
+    const Tensor& dout, std::optional<Tensor> dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& indices,
+    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, double softmax_scale, bool) {
+    const Shape3 shape(q, k);
+    const Shape kv{shape.keys, shape.groups, shape.dim};
+    Tensor dq = empty_like_device(q, {shape.tokens, shape.heads, shape.dim}, q.scalar_type());
+    Tensor dk = empty_like_device(q, kv, q.scalar_type());
+    Tensor dv = empty_like_device(q, kv, q.scalar_type());
+    const Selection selection(indices, cu_seqlens_q, cu_seqlens_k, shape.keys);
+    DSA_DISPATCH(backward, shape.group, q, dout, dlse ? data<float>(*dlse) : nullptr, q, k, v, out,
+                 data<float>(lse), selection, float(softmax_scale), dq, dk, dv);
+    return {dq, dk, dv};
+}
+
+DSA_REGISTER_CPU(m) {
+    m.impl("sparse_attention", TORCH_BOX(&sparse_attention));
+    m.impl("sparse_attention_bwd", TORCH_BOX(&sparse_attention_bwd));
+}
+
+}  // namespace dsa::DSA_ISA
