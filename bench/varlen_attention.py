@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +50,10 @@ def torch_varlen(q, k, v, cu, *, causal, length):
         raise Unavailable("this torch has no varlen_attn") from error
     if not q.is_cuda:
         raise Unavailable("varlen_attn serves CUDA tensors")
-    window = (-1, 0) if causal else (-1, -1)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return varlen_attn(q, k, v, cu, cu, length, length, window_size=window)
+    options = {"window_size": (-1, 0) if causal else (-1, -1)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    return varlen_attn(q, k, v, cu, cu, length, length, **options)
 
 
 def flash_attn(q, k, v, cu, *, causal, length):
