@@ -68,9 +68,9 @@ def _check(
     a.tensor("q", q, "T H D", FLOATS, inner=2)
     a.require(a["D"] in HEAD_DIMS, "q", f"a head dim in {HEAD_DIMS}", a["D"])
     a.tensor("k_cache", k_cache, "P 64 G D", (q.dtype,), inner=2)
-    a.tensor("v_cache", v_cache, "P 64 G D", (q.dtype,), inner=2)
     divides = a["H"] > 0 and a["G"] > 0 and a["H"] % a["G"] == 0
     a.require(divides, "k_cache", f"a number of heads that divides q's {a['H']}", a["G"])
+    a.tensor("v_cache", v_cache, "P 64 G D", (q.dtype,), inner=2)
     a.tensor("indices", indices, "T K", INT32)
     a.tensor("page_table", page_table, "B M", INT32)
     a.tensor("lengths", lengths, "B", INT32, contiguous=True)

@@ -5,7 +5,7 @@ import torch
 
 def sparse_decode(q, k_cache, v_cache, indices, page_table, lengths, cu_seqlens_q, softmax_scale):
     dtype = torch.promote_types(q.dtype, torch.float32)
-    (tokens, _, dim), kv_heads = q.shape, k_cache.shape[2]
+    tokens, kv_heads = q.shape[0], k_cache.shape[2]
     request = torch.searchsorted(
         cu_seqlens_q.cummax(0).values, torch.arange(tokens, device=q.device).int(), right=True
     )
@@ -28,7 +28,7 @@ def sparse_decode(q, k_cache, v_cache, indices, page_table, lengths, cu_seqlens_
         torch.where(valid[..., None, None], cache[page, position % 64].to(dtype), 0)
         for cache in (k_cache, v_cache)
     )  # [T, K, G, D]
-    queries = q.to(dtype).view(tokens, kv_heads, -1, dim)
+    queries = q.to(dtype).unflatten(1, (kv_heads, -1))
     scores = torch.einsum("tghd,tkgd->tghk", queries, keys) * softmax_scale
     empty = ~valid.any(-1)[:, None, None, None]
     scores = scores.masked_fill(~(valid[:, None, None] | empty), -torch.inf)

@@ -68,9 +68,9 @@ def _check_inputs(
     a.tensor("q", q, "T H D", FLOATS, inner=2)
     a.require(a["D"] in HEAD_DIMS, "q", f"a head dim in {HEAD_DIMS}", a["D"])
     a.tensor("k", k, "L G D", (q.dtype,), inner=2)
-    a.tensor("v", v, "L G D", (q.dtype,), inner=2)
     divides = a["H"] > 0 and a["G"] > 0 and a["H"] % a["G"] == 0
     a.require(divides, "k", f"a number of heads that divides q's {a['H']}", a["G"])
+    a.tensor("v", v, "L G D", (q.dtype,), inner=2)
     a.tensor("cu_seqlens_q", cu_seqlens_q, "N", INT32, contiguous=True)
     a.require(a["N"] >= 1, "cu_seqlens_q", "shape [S+1]", list(cu_seqlens_q.shape))
     a.tensor("cu_seqlens_k", cu_seqlens_k, "N", INT32, contiguous=True)
