@@ -172,7 +172,7 @@ def test_gather_where_the_union_overflows(tier, monkeypatch, deterministic):
 def test_chunks_of_tiles(tier, monkeypatch):
     if tier.name != "triton":
         pytest.skip("the chunks are Triton's")
-    monkeypatch.setattr(union, "WORKSPACE_BYTES", 3000)
+    monkeypatch.setattr(union, "LIST_BYTES", 3000)
     assert_same_as_reference(tier, problem([40, 7], [50, 20], 2, 1, 64, 6, tier.device))
 
 
