@@ -15,10 +15,10 @@ from .grouped_gemm import (  # noqa: E402
     quantize_blocks,
     quantize_rows,
 )
-from .moe_mlp import experts, moe_mlp  # noqa: E402
 from .indexer_logits import indexer_logits, indexer_logits_paged  # noqa: E402
 from .indexer_loss import AttentionTarget, indexer_loss  # noqa: E402
 from .indexer_topk import indexer_topk, indexer_topk_paged  # noqa: E402
+from .moe_mlp import experts, moe_mlp  # noqa: E402
 from .moe_router import RoutingMap, load_balancing_loss, moe_router, routing_map  # noqa: E402
 from .native import build_info  # noqa: E402
 from .sparse_attention import sparse_attention  # noqa: E402
