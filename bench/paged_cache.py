@@ -118,7 +118,10 @@ def read_case(op: str, batch: int, length: int, device: torch.device, quick: boo
 
 
 def cases(device: torch.device) -> list[Case]:
-    writers, readers = ("write_kv_cache", "write_index_cache"), ("read_kv_cache", "read_index_cache")
+    writers, readers = (
+        ("write_kv_cache", "write_index_cache"),
+        ("read_kv_cache", "read_index_cache"),
+    )
     if device.type == "cpu":
         return [
             *(write_case(op, 8192, device, True) for op in writers),

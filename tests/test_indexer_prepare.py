@@ -89,7 +89,9 @@ def check_against_reference(args, result):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tokens, heads, dim", [(1, 16, 64), (40, 4, 64), (33, 3, 32), (17, 5, 128)])
+@pytest.mark.parametrize(
+    "tokens, heads, dim", [(1, 16, 64), (40, 4, 64), (33, 3, 32), (17, 5, 128)]
+)
 def test_against_reference(tier, tokens, heads, dim, dtype):
     args = inputs(tokens, heads, dim, dtype, tier.device)
     with tier:
@@ -135,12 +137,16 @@ def test_reference_is_torch_norms_rope_and_hadamard_matrix(dim):
 
     def rope(x, cos, sin):
         low, high = x.chunk(2, -1)
-        return x * torch.cat([cos, cos], -1) + torch.cat([-high, low], -1) * torch.cat([sin, sin], -1)
+        return x * torch.cat([cos, cos], -1) + torch.cat([-high, low], -1) * torch.cat(
+            [sin, sin], -1
+        )
 
     y = rope(F.rms_norm(q, (dim,), q_weight, eps), cos[:, None], sin[:, None]) @ hadamard(dim)
     torch.testing.assert_close(transform_q(q, q_weight, cos, sin, eps), y, rtol=0, atol=1e-13)
     y = rope(F.layer_norm(k, (dim,), k_weight, k_bias, eps), cos, sin) @ hadamard(dim)
-    torch.testing.assert_close(transform_k(k, k_weight, k_bias, cos, sin, eps), y, rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        transform_k(k, k_weight, k_bias, cos, sin, eps), y, rtol=0, atol=1e-13
+    )
 
 
 def test_separate_launches_in_bfloat16(tier):
@@ -232,7 +238,9 @@ def random_cache(pages, dim, device="cpu"):
     return torch.randint(0, 127, (pages, 64 * (dim + 4)), dtype=torch.uint8, device=device)
 
 
-@pytest.mark.parametrize("dim, dtype", [(32, torch.float32), (64, torch.bfloat16), (128, torch.float32)])
+@pytest.mark.parametrize(
+    "dim, dtype", [(32, torch.float32), (64, torch.bfloat16), (128, torch.float32)]
+)
 def test_cached(tier, dim, dtype):
     args = inputs(7, 2, dim, dtype, tier.device)
     slots = torch.tensor([3, 191, -1, 192, 64, 2**40, 100], device=tier.device)
@@ -246,7 +254,9 @@ def test_cached(tier, dim, dtype):
     with tier:
         prepare(args, index_cache=(halves := random_cache(6, dim, tier.device))[::2], slots=slots)
     assert torch.equal(halves[::2][1, : 64 * dim], halves[2, : 64 * dim])
-    written = halves[2, 36 * dim : 37 * dim].view(FP8)  # slot 100: page 1 of every second, offset 36
+    written = halves[2, 36 * dim : 37 * dim].view(
+        FP8
+    )  # slot 100: page 1 of every second, offset 36
     assert_same_bits([written], [result[2][6]])
 
 

@@ -94,7 +94,11 @@ def test_read(tier):
         (index_k, index_scale), reference.read_index_cache(cache, table, cu_seqlens, 410)
     )
     assert torch.equal(k[69], caches[0][2, 5]) and torch.equal(v[70 + 64], caches[1][4, 0])
-    zero = [*range(70, 134), *range(262, 390), *range(400, 410)]  # pages 7, -9, 2^31-1; past the end
+    zero = [
+        *range(70, 134),
+        *range(262, 390),
+        *range(400, 410),
+    ]  # pages 7, -9, 2^31-1; past the end
     assert not k[zero].any() and not v[zero].any() and not index_scale[zero].any()
     assert not index_k[zero].view(torch.uint8).any() and k[390:400].any(-1).all()
 

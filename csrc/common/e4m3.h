@@ -1,6 +1,6 @@
-// FP8 e4m3 (4 exponent bits of bias 7, 3 mantissa bits, no infinity, 0x7f and 0xff are NaN): codes to
-// floats, exactly; floats to codes, to nearest even; the power-of-two scale of a quantised vector.
-// Independent of the flush-denormals mode.
+// FP8 e4m3 (4 exponent bits of bias 7, 3 mantissa bits, no infinity, 0x7f and 0xff are NaN): codes
+// to floats, exactly; floats to codes, to nearest even; the power-of-two scale of a quantised
+// vector. Independent of the flush-denormals mode.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +50,8 @@ inline void store_e4m3(uint8_t* p, Vec x) {
     std::memcpy(p, &codes, sizeof codes);
 }
 
-// The smallest power of two s with max(amax, 1e-4) <= 448 s, where amax is given by its bits: 448 is
-// 1.75 * 2^8, so the exponent goes up by one where the mantissa exceeds 1.75. NaN if amax is not
+// The smallest power of two s with max(amax, 1e-4) <= 448 s, where amax is given by its bits: 448
+// is 1.75 * 2^8, so the exponent goes up by one where the mantissa exceeds 1.75. NaN if amax is not
 // finite.
 inline float e4m3_scale(uint32_t amax_bits) {
     constexpr uint32_t kFloor = 0x38d1b717u;  // 1e-4f

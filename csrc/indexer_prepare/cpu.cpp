@@ -3,8 +3,8 @@
 // A vector is read once and its Di codes written once. In between: norm, rotation, and the Hadamard
 // transform as log2(Di) rounds of butterflies, of neighbours first; the first rounds pair lanes of
 // one register, the others pair registers. The order of the rounds is that of every implementation,
-// so equal inputs of the transform give equal bits. Where the inputs are bf16, the vector is rounded
-// to bf16 after each of the three steps.
+// so equal inputs of the transform give equal bits. Where the inputs are bf16, the vector is
+// rounded to bf16 after each of the three steps.
 #include "common/cpu.h"
 
 #include "common/e4m3.h"
@@ -119,9 +119,9 @@ class Prologue {
     }
 
   public:
-    static constexpr float kNormalize = kDim == 32    ? 0.17677669529663687f
-                                        : kDim == 64  ? 0.125f
-                                                      : 0.08838834764831845f;
+    static constexpr float kNormalize = kDim == 32   ? 0.17677669529663687f
+                                        : kDim == 64 ? 0.125f
+                                                     : 0.08838834764831845f;
 
   private:
     float eps_;
@@ -161,8 +161,8 @@ Prepared prepare(const Tensor& q, const Tensor& k, const Tensor& gate,
 }
 
 Prepared prepare(const Tensor& q, const Tensor& k, const Tensor& gate, const Tensor& q_weight,
-                 const Tensor& k_weight, const Tensor& k_bias, const Tensor& cos,
-                 const Tensor& sin, double eps, const IndexCache* cache, const int64_t* slots) {
+                 const Tensor& k_weight, const Tensor& k_bias, const Tensor& cos, const Tensor& sin,
+                 double eps, const IndexCache* cache, const int64_t* slots) {
     const auto run = [&]<int kDim, typename T>(std::integral_constant<int, kDim>, T) {
         const Prologue<kDim, T> prologue(q_weight, k_weight, k_bias, static_cast<float>(eps));
         return prepare<kDim, T>(q, k, gate, prologue, cos, sin, cache, slots);

@@ -1,6 +1,7 @@
 // paged_cache on the CPU: one memcpy per row, rows in parallel. Bound by bytes.
 //
-// A reader finds the request of each packed row by bisection of cu_seqlens and checks what it found.
+// A reader finds the request of each packed row by bisection of cu_seqlens and checks what it
+// found.
 #include "common/cpu.h"
 
 #include "common/paging.h"

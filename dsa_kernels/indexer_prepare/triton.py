@@ -138,7 +138,9 @@ def indexer_prepare_kernel(q, k, gate, q_weight, k_weight, k_bias, cos, sin, q_c
     if program < q_tiles:
         row = program * ROWS + lane
         mask = row < num_tokens * heads
-        token = tl.minimum(row // heads, num_tokens - 1).to(tl.int64)  # a row past the end loads, but stores nothing
+        token = tl.minimum(row // heads, num_tokens - 1).to(
+            tl.int64
+        )  # a row past the end loads, but stores nothing
         head = row % heads
         row = row.to(tl.int64)
         source = q + token * q_stride + head * q_head

@@ -41,9 +41,7 @@ def write_kv_cache(
     _write_kv(k, v, k_cache, v_cache, slots)
 
 
-def write_index_cache(
-    k: Tensor, k_scale: Tensor, index_cache: Tensor, slots: Tensor
-) -> None:
+def write_index_cache(k: Tensor, k_scale: Tensor, index_cache: Tensor, slots: Tensor) -> None:
     """Copies the index key and the scale of token t to the place slots[t] of the index cache, in place.
 
     Slots as in `write_kv_cache`.
@@ -177,9 +175,7 @@ def _check_kv_caches(a: Arguments, k_cache: Tensor, v_cache: Tensor) -> None:
     a.tensor("v_cache", v_cache, f"P {PAGE_SIZE} G D", (k_cache.dtype,), inner=3)
 
 
-def _check_requests(
-    a: Arguments, page_table: Tensor, cu_seqlens: Tensor, total: int
-) -> None:
+def _check_requests(a: Arguments, page_table: Tensor, cu_seqlens: Tensor, total: int) -> None:
     a.tensor("page_table", page_table, "B _", INT32)
     a.tensor("cu_seqlens", cu_seqlens, "B+1", INT32, contiguous=True)
     a.integer("total", total, 0)
@@ -200,9 +196,7 @@ def _check_write_kv(
     a.tensor("slots", slots, "T", INT64, contiguous=True)
 
 
-def _check_write_index(
-    k: Tensor, k_scale: Tensor, index_cache: Tensor, slots: Tensor
-) -> None:
+def _check_write_index(k: Tensor, k_scale: Tensor, index_cache: Tensor, slots: Tensor) -> None:
     a = Arguments("write_index_cache")
     a.tensor("k", k, "T D", FP8)
     a.tensor("k_scale", k_scale, "T", FP32, contiguous=True)

@@ -45,7 +45,9 @@ def index_parts(index_cache):
 def places(pages, page_table, cu_seqlens, total):
     """Which packed rows hold a token, and that token's page and offset."""
     row = torch.arange(total, dtype=torch.int32, device=page_table.device)
-    b = torch.searchsorted(cu_seqlens[1:], row, right=True)  # the first request that ends past the row
+    b = torch.searchsorted(
+        cu_seqlens[1:], row, right=True
+    )  # the first request that ends past the row
     inside = (b < len(page_table)) & (cu_seqlens[b] <= row)
     inside &= row < cu_seqlens[(b + 1).clamp(max=len(page_table))]
     position = row.long() - cu_seqlens[b].long()

@@ -18,7 +18,9 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def token_places(rows, total, pages, page_table, table_stride, max_pages, cu_seqlens, batch, search_steps):
+def token_places(
+    rows, total, pages, page_table, table_stride, max_pages, cu_seqlens, batch, search_steps
+):
     """Which packed rows (int64) hold a token, and that token's page and offset, int64."""
     first = tl.zeros_like(rows)
     last = first + batch
