@@ -2,9 +2,9 @@
 
 `tile_list` turns offsets into rows of (group, first row, last row + 1), expert-major, BLOCK_M rows a tile. The host
 only knows a bound on their number, min(M, M / BLOCK_M + E + 2); unused entries hold NO_TILE and their programs
-return at once. Rows outside [offsets[0], offsets[E]) form tiles of the group OUTSIDE, whose outputs are zero. One small program per
-group: it finds its bounds by a scan over all offsets (clamped, then a running maximum), so no program waits for
-another.
+return at once. Rows outside [offsets[0], offsets[E]) form tiles of the group OUTSIDE, whose outputs are zero. One
+small program per group: it finds its bounds by a scan over all offsets (clamped, then a running maximum), so no
+program waits for another.
 
 The GEMM kernels launch tiles x column blocks programs. `tile_and_column` orders them in bands of GROUP_M tiles, tiles
 fastest: programs that run together share column blocks of an expert's weights in L2 (an expert of 512 rows is four
