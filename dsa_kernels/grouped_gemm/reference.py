@@ -1,12 +1,10 @@
 """The definitions of grouped_gemm, its weight gradient and its block-scaled FP8 form: one matmul per expert."""
 
-from itertools import pairwise
-
 
 def ranges(offsets, rows):
     """First and last+1 row of each expert: clamped to [0, rows] and never decreasing."""
     bounds = offsets.clamp(0, rows).cummax(0).values.tolist()
-    return list(pairwise(bounds))
+    return [(bounds[e], bounds[e + 1]) for e in range(len(bounds) - 1)]
 
 
 def grouped_gemm(a, b, offsets):

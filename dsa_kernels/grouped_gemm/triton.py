@@ -1,8 +1,8 @@
 """grouped_gemm and its weight gradient in Triton.
 
-grouped_gemm: one program per tile of the device-built list (triton_tiles.py) and block of columns; A and B stream
-through a cp.async pipeline into wgmma (mma below Hopper) with one fp32 accumulator tile in registers. 128 x 256 tiles of
-8 warps hold 128 accumulators a thread and 48 KB of shared memory a stage. Rows of a tile beyond its expert read the
+grouped_gemm: one program per tile of the device-built list (triton_tiles.py) and block of columns; A and B go through
+a cp.async pipeline into wgmma (mma below Hopper), with one fp32 accumulator tile in registers. 128 x 256 tiles of 8
+warps hold 128 accumulators a thread and 48 KB of shared memory a stage. Rows of a tile beyond its expert read the
 expert's last row again and are not stored, so the main loop has no row masks.
 
 grouped_gemm_wgrad: one program per expert and 128 x 256 block of its gradient, looping over the expert's rows, 64 at a
@@ -20,7 +20,14 @@ import triton
 import triton.language as tl
 
 from ..dispatch import interpreting
-from .triton_tiles import expert_rows, num_groups, tile_and_column, tile_list
+from .triton_tiles import (
+    NO_TILE,
+    expert_rows,
+    fitting_stages,
+    num_groups,
+    tile_and_column,
+    tile_list,
+)
 
 INTERPRETED = tl.constexpr(interpreting())
 GROUP_M = 8  # tiles a band, see triton_tiles
@@ -40,7 +47,8 @@ WGRAD_SMALL = (32, 64, 32, 4, 2)
 def is_small(*operands):
     """Whether a call takes the first row of a table."""
     strides = [stride for x in operands for stride in x.stride() if stride > 1]
-    return operands[0].dtype == torch.float32 or any(stride % 16 for stride in strides)
+    unaligned = any(n % 16 for n in (*strides, *(x.data_ptr() for x in operands)))
+    return unaligned or operands[0].dtype == torch.float32
 
 
 def config(small, rows, experts, table=CONFIGS):
@@ -64,7 +72,7 @@ def grouped_gemm_kernel(a, b, out, tiles, num_tiles, N, K, a_row, b_expert, b_n,
                         BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):  # fmt: skip
     tile, column = tile_and_column(tl.cdiv(N, BLOCK_N), num_tiles, GROUP_M)
     expert = tl.load(tiles + tile * 4)
-    if expert != -2:
+    if expert != NO_TILE:
         first = tl.load(tiles + tile * 4 + 1)
         end = tl.load(tiles + tile * 4 + 2)
         m = first + tl.arange(0, BLOCK_M)
@@ -103,8 +111,8 @@ def source_row(row, end, token, num_tokens, GATHER: tl.constexpr):
 
 @triton.jit
 def grouped_gemm_wgrad_kernel(dc, a, out, offsets, tokens, experts, rows, num_tokens, N, K, dc_row, a_row,
-                              GATHER_DC: tl.constexpr, GATHER_A: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                              BLOCK_R: tl.constexpr):  # fmt: skip
+                              GATHER_DC: tl.constexpr, GATHER_A: tl.constexpr, GROUPS: tl.constexpr,
+                              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_k = tl.cdiv(K, BLOCK_K)
     program = tl.program_id(0)
@@ -149,7 +157,8 @@ def multiply(a, b, tiles, shape):
     grouped_gemm_kernel[(tiles.shape[0] * triton.cdiv(width, block_n),)](
         a, b, out, tiles, tiles.shape[0], width, depth, a.stride(0), *b.stride(),
         EVEN_N=width % block_n == 0, EVEN_K=depth % block_k == 0,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M, num_warps=warps, num_stages=stages,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M, num_warps=warps,
+        num_stages=fitting_stages(stages, block_m, block_n, block_k, a),
     )  # fmt: skip
     return out
 
@@ -173,7 +182,8 @@ def weight_gradient(dc, a, offsets, rows, tokens=None, gather_dc=False, gather_a
     grouped_gemm_wgrad_kernel[grid](
         dc, a, out, offsets, tokens, experts, rows, dc.shape[0] if gather_dc else a.shape[0], height, width,
         dc.stride(0), a.stride(0), GATHER_DC=gather_dc, GATHER_A=gather_a, GROUPS=num_groups(offsets),
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=warps, num_stages=stages,
+        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=warps,
+        num_stages=fitting_stages(stages, block_n, block_k, block_r, a),
     )  # fmt: skip
     return out
 

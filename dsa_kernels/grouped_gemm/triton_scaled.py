@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_tiles import tile_and_column, tile_list
+from .triton_tiles import NO_TILE, fitting_stages, tile_and_column, tile_list
 
 GROUP_M = 8
 BLOCK = 128  # a scale block; BLOCK_N and BLOCK_K
@@ -36,7 +36,7 @@ def grouped_gemm_fp8_kernel(a, a_scale, b, b_scale, out, tiles, num_tiles, N, K,
                             BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, GROUP_M: tl.constexpr):  # fmt: skip
     tile, column = tile_and_column(N // BLOCK, num_tiles, GROUP_M)
     expert = tl.load(tiles + tile * 4)
-    if expert != -2:
+    if expert != NO_TILE:
         first = tl.load(tiles + tile * 4 + 1)
         end = tl.load(tiles + tile * 4 + 2)
         m = first + tl.arange(0, BLOCK_M)
@@ -51,14 +51,17 @@ def grouped_gemm_fp8_kernel(a, a_scale, b, b_scale, out, tiles, num_tiles, N, K,
             b_row = expert.to(tl.int64) * N
             b_ptrs = b + (b_row + n)[None, :] * K + k[:, None]
             b_scales = b_scale + (expert.to(tl.int64) * (N // BLOCK) + column) * blocks
+            scale = tl.load(a_scales) * tl.load(b_scales)
             for block in range(blocks):
+                ahead = tl.minimum(block + 1, blocks - 1)  # the next scales arrive during the dot
+                next_scale = tl.load(a_scales + ahead) * tl.load(b_scales + ahead)
                 x = tl.load(a_ptrs)
                 y = tl.load(b_ptrs)
                 if not NATIVE:
                     x = e4m3_to_fp16(x)
                     y = e4m3_to_fp16(y)
-                scale = tl.load(a_scales + block) * tl.load(b_scales + block)
                 acc += tl.dot(x, y) * scale[:, None]
+                scale = next_scale
                 a_ptrs += BLOCK
                 b_ptrs += BLOCK
         out_ptrs = out + m.to(tl.int64)[:, None] * N + n[None, :]
@@ -82,6 +85,7 @@ def grouped_gemm_fp8(a, a_scale, b, b_scale, offsets):
     tiles = tile_list(offsets, rows, block_m)
     grouped_gemm_fp8_kernel[(tiles.shape[0] * (width // BLOCK),)](
         a, a_scale, b, b_scale, out, tiles, tiles.shape[0], width, a.shape[1], NATIVE=native, BLOCK_M=block_m,
-        BLOCK=BLOCK, GROUP_M=GROUP_M, num_warps=warps, num_stages=stages,
+        BLOCK=BLOCK, GROUP_M=GROUP_M, num_warps=warps,
+        num_stages=fitting_stages(stages, block_m, BLOCK, BLOCK, a),
     )  # fmt: skip
     return out

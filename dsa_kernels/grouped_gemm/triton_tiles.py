@@ -1,22 +1,24 @@
 """The tile list of a ragged GEMM, built on the device, and the order in which programs walk it.
 
 `tile_list` turns offsets into rows of (group, first row, last row + 1), expert-major, BLOCK_M rows a tile. The host
-only knows a bound on their number, min(M, M / BLOCK_M + E + 2); unused entries hold NO_TILE and their programs return at once.
-Rows outside [offsets[0], offsets[E]) form tiles of the group OUTSIDE, whose outputs are zero. One small program per
-group: it finds its bounds by a scan over all offsets (clamped, then a running maximum), so no program waits for
-another.
+only knows a bound on their number, min(M, M / BLOCK_M + E + 2); unused entries hold NO_TILE and their programs
+return at once. Rows outside [offsets[0], offsets[E]) form tiles of the group OUTSIDE, whose outputs are zero. One
+small program per group: it finds its bounds by a scan over all offsets (clamped, then a running maximum), so no
+program waits for another.
 
 The GEMM kernels launch tiles x column blocks programs. `tile_and_column` orders them in bands of GROUP_M tiles, tiles
 fastest: programs that run together share column blocks of an expert's weights in L2 (an expert of 512 rows is four
 tiles) and the rows of their own tiles.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-OUTSIDE = -1
-NO_TILE = -2
+OUTSIDE = tl.constexpr(-1)
+NO_TILE = tl.constexpr(-2)
 STORE = 128  # list entries a program writes at a time
 
 
@@ -47,13 +49,13 @@ def tile_list_kernel(offsets, tiles, experts, rows, bound, BLOCK_M: tl.constexpr
     for base in range(0, count, STORE):
         tile = base + tl.arange(0, STORE)
         entry = tiles + (first + tile) * 4
-        tl.store(entry, tl.where(inside, group - 1, -1), mask=tile < count)
+        tl.store(entry, tl.where(inside, group - 1, OUTSIDE), mask=tile < count)
         tl.store(entry + 1, start + tile * BLOCK_M, mask=tile < count)
         tl.store(entry + 2, tl.minimum(start + (tile + 1) * BLOCK_M, end), mask=tile < count)
     if group == experts + 1:
         for base in range(first + count, bound, STORE):
             tile = base + tl.arange(0, STORE)
-            tl.store(tiles + tile * 4, -2, mask=tile < bound)
+            tl.store(tiles + tile * 4, tl.full([STORE], NO_TILE, tl.int32), mask=tile < bound)
 
 
 @triton.jit
@@ -73,6 +75,20 @@ def expert_rows(offsets, expert, experts, rows, GROUPS: tl.constexpr):
     bounds = tl.load(offsets + i, mask=i <= experts, other=0)
     bounds = tl.minimum(tl.maximum(bounds, 0), rows)
     return tl.max(tl.where(i <= expert, bounds, 0)), tl.max(tl.where(i <= expert + 1, bounds, 0))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes a program may have; the interpreter has no bound."""
+    if device.type == "cpu":
+        return 2**31
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def fitting_stages(stages, rows, columns, depth, operand):
+    """`stages`, or as many [rows + columns, depth] as this device's shared memory holds (Hopper: 227 KB)."""
+    stage = (rows + columns) * depth * operand.element_size()
+    return max(min(stages, shared_memory(operand.device) // stage), 1)
 
 
 def num_groups(offsets: torch.Tensor) -> int:

@@ -11,6 +11,7 @@ def setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     x, w13, w2, weights, offsets, row_token, slot_row, _ = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], w13, w2, weights, offsets, row_token, slot_row)
 
 

@@ -1,7 +1,5 @@
 """The definition of moe_mlp, one pass over the experts, and of its gradient (autograd of the definition)."""
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +14,8 @@ def moe_mlp(x, w13, w2, weights, offsets, row_token, slot_row, save_h):
 
     h = x.new_zeros(rows, w13.shape[1])
     y = x.new_zeros(rows, x.shape[1])
-    for e, (begin, end) in enumerate(pairwise(bounds)):
+    for e, begin in enumerate(bounds[:-1]):
+        end = bounds[e + 1]
         if begin < end:
             gate_up = F.linear(x_rows[begin:end], w13[e])
             gate, up = gate_up.chunk(2, dim=1)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..grouped_gemm.triton import config, dot, is_small, multiply
-from ..grouped_gemm.triton_tiles import tile_and_column, tile_list
+from ..grouped_gemm.triton_tiles import NO_TILE, fitting_stages, tile_and_column, tile_list
 
 GROUP_M = 8
 # (rows an expert up to, BLOCK_M, BLOCK_F, BLOCK_K, warps, stages): up; BLOCK_M is also down's
@@ -59,11 +59,11 @@ def swiglu(gate, up, h, act, m, end, column, F, SAVE_H: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def moe_mlp_up_kernel(x, w13, act, h, tiles, row_token, num_tiles, num_tokens, F, K, x_row, w_expert, w_row,
-                      SAVE_H: tl.constexpr, EVEN_F: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
-                      GROUP_M: tl.constexpr):  # fmt: skip
+                      SAVE_H: tl.constexpr, EVEN_F: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):  # fmt: skip
     tile, column = tile_and_column(tl.cdiv(F, BLOCK_F), num_tiles, GROUP_M)
     expert = tl.load(tiles + tile * 4)
-    if expert != -2:
+    if expert != NO_TILE:
         first = tl.load(tiles + tile * 4 + 1)
         end = tl.load(tiles + tile * 4 + 2)
         m = first + tl.arange(0, BLOCK_M)
@@ -156,8 +156,9 @@ def moe_mlp(x, w13, w2, weights, offsets, row_token, slot_row, save_h):
     act = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     moe_mlp_up_kernel[(tiles.shape[0] * triton.cdiv(width, block_f),)](
         x, w13, act, h, tiles, row_token, tiles.shape[0], x.shape[0], width, depth, x.stride(0), w13.stride(0),
-        w13.stride(1), SAVE_H=save_h, EVEN_F=width % block_f == 0, EVEN_K=depth % block_k == 0, BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k, GROUP_M=GROUP_M,
-        num_warps=warps, num_stages=stages,
+        w13.stride(1), SAVE_H=save_h, EVEN_F=width % block_f == 0, EVEN_K=depth % block_k == 0,
+        BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k, GROUP_M=GROUP_M, num_warps=warps,
+        num_stages=fitting_stages(stages, block_m, 2 * block_f, block_k, x),
     )  # fmt: skip
     down = DOWN_SMALL if small else DOWN[block_m]
     y = multiply(act, w2, tiles, (block_m, *down))

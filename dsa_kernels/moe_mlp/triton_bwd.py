@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..grouped_gemm.triton import config, dot, is_small, multiply, weight_gradient
-from ..grouped_gemm.triton_tiles import tile_and_column, tile_list
+from ..grouped_gemm.triton_tiles import fitting_stages, tile_and_column, tile_list
 from .triton import combine, halves
 
 GROUP_M = 8
@@ -120,8 +120,9 @@ def moe_mlp_bwd(dout, x, h, w13, w2, weights, offsets, row_token, slot_row):
     topk = slot_row.shape[1]
     moe_mlp_bwd_dh_kernel[(tiles.shape[0] * blocks,)](
         dout, w2, h, dh, act, parts, weights, slot_row, row_token, tiles, tiles.shape[0], x.shape[0], width, depth,
-        dout.stride(0), w2.stride(0), w2.stride(1), topk, EVEN_F=width % block_f == 0, EVEN_K=depth % block_k == 0, TOPK=triton.next_power_of_2(topk), BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k,
-        GROUP_M=GROUP_M, num_warps=warps, num_stages=stages,
+        dout.stride(0), w2.stride(0), w2.stride(1), topk, EVEN_F=width % block_f == 0, EVEN_K=depth % block_k == 0,
+        TOPK=triton.next_power_of_2(topk), BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_K=block_k, GROUP_M=GROUP_M,
+        num_warps=warps, num_stages=fitting_stages(stages, block_m, block_f, block_k, x),
     )  # fmt: skip
     dw2 = weight_gradient(dout, act, offsets, rows, row_token, gather_dc=True)
     dw13 = weight_gradient(dh, x, offsets, rows, row_token, gather_a=True)
