@@ -66,7 +66,8 @@ class CudaClock:
     how = "events"
 
     def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         self.device = device
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(max(FLUSH_BYTES, 4 * cache), dtype=torch.uint8, device=device)

@@ -131,7 +131,8 @@ def _best_seconds(call: Callable[[], object], least: int = 5, patience: float = 
 
 
 def _measure_cuda(device: torch.device, full: bool) -> Ceilings:
-    torch.cuda.set_device(device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     notes: list[str] = []
     flops = _matrix_rates(device, notes)
     copy = _copy_rate(device)

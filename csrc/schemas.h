@@ -46,7 +46,7 @@ inline constexpr const char* kSchemas[] = {
     "grouped_gemm(Tensor a, Tensor b, Tensor offsets) -> Tensor",
     "grouped_gemm_wgrad(Tensor dc, Tensor a, Tensor offsets) -> Tensor",
     "grouped_gemm_fp8(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets) -> Tensor",
-    "moe_mlp(Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor offsets, Tensor row_token, Tensor slot_row) -> (Tensor out, Tensor h)",
+    "moe_mlp(Tensor x, Tensor w13, Tensor w2, Tensor weights, Tensor offsets, Tensor row_token, Tensor slot_row, bool save_h) -> (Tensor out, Tensor h)",
     "moe_mlp_bwd(Tensor dout, Tensor x, Tensor h, Tensor w13, Tensor w2, Tensor weights, Tensor offsets, Tensor row_token, Tensor slot_row) -> (Tensor dx, Tensor dw13, Tensor dw2, Tensor dweights)",
 };
 // clang-format on

@@ -76,6 +76,8 @@ class Arguments:
                 value.is_contiguous(), name, "a contiguous tensor", f"strides {value.stride()}"
             )
             return
+        if value.numel() == 0:
+            return
         stride = 1
         for axis in range(value.dim() - 1, value.dim() - 1 - inner, -1):
             if value.shape[axis] > 1 and value.stride(axis) != stride:

@@ -62,7 +62,7 @@ def sparse_attention(
     give zeros and -inf; allocates the results and on a GPU at most 256 MB of workspace (backward: also fp32 dk, dv).
     """
     if softmax_scale is None:
-        shape = getattr(q, "shape", ())  # the check reports a q that has none
+        shape: tuple[int, ...] = tuple(getattr(q, "shape", ()))  # the check reports a q that has none
         softmax_scale = shape[-1] ** -0.5 if len(shape) == 3 and shape[-1] > 0 else 1.0
     return _op(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic)
 
@@ -76,7 +76,19 @@ def _check(
     cu_seqlens_k: torch.Tensor,
     softmax_scale: float,
     deterministic: bool,
-    op: str = "sparse_attention",
+) -> None:
+    _check_inputs("sparse_attention", q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+
+
+def _check_inputs(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    softmax_scale: float,
 ) -> Arguments:
     a = Arguments(op)
     a.tensor("q", q, "T H D", FLOATS)
@@ -114,9 +126,15 @@ def _check_bwd(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    *rest: Any,
+    indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    softmax_scale: float,
+    deterministic: bool,
 ) -> None:
-    a = _check(q, k, v, *rest, op="sparse_attention_bwd")
+    a = _check_inputs(
+        "sparse_attention_bwd", q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale
+    )
     a.tensor("dout", dout, "T H D", (q.dtype,))
     a.tensor("out", out, "T H D", (q.dtype,))
     a.tensor("lse", lse, "T H", FP32, contiguous=True)

@@ -115,8 +115,8 @@ def sparse_attention_fwd_kernel(q, k, v, out, lse, tiles, keys, masks, counts, s
 @triton.jit
 def sparse_attention_gather_fwd_kernel(q, k, v, out, lse, indices, tiles, counts, stride_qt, stride_qh, stride_kl,
                                        stride_kg, stride_vl, stride_vg, index_stride, topk, num_heads, group,
-                                       capacity, scale_log2, D: tl.constexpr, BLOCK_T: tl.constexpr,
-                                       TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
+                                       capacity, scale_log2, WIDE: tl.constexpr, D: tl.constexpr,
+                                       BLOCK_T: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
                                        PRECISION: tl.constexpr):  # fmt: skip
     tile = tl.program_id(0) // (BLOCK_T // TOKENS)
     part = tl.program_id(0) % (BLOCK_T // TOKENS)
@@ -138,9 +138,10 @@ def sparse_attention_gather_fwd_kernel(q, k, v, out, lse, indices, tiles, counts
             key = tl.load(ids + n, mask=n < topk, other=-1)
             previous = tl.load(ids + n - 1, mask=(n > 0) & (n < topk), other=-1)
             valid = (key >= 0) & (key < length) & (key != previous)
-            row = key.to(tl.int64)
-            k_rows = tl.load(k_head + (row * stride_kl)[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # fmt: skip
-            v_rows = tl.load(v_head + (row * stride_vl)[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # fmt: skip
+            if WIDE:
+                key = key.to(tl.int64)
+            k_rows = tl.load(k_head + (key * stride_kl)[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # fmt: skip
+            v_rows = tl.load(v_head + (key * stride_vl)[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # fmt: skip
             scores = mma(queries, tl.trans(k_rows), None, PRECISION)
             weights, factor, top, total = softmax_step(scores, valid[None, :], top, total, scale_log2)  # fmt: skip
             sums = mma(weights.to(v_rows.dtype), v_rows, sums * factor[:, None], PRECISION)
@@ -169,7 +170,7 @@ def gather_overflowed(q, k, v, out, lse, indices, tiles, counts, capacity, softm
     sparse_attention_gather_fwd_kernel[grid](
         q, k, v, out, lse, indices, tiles, counts, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         indices.stride(0), indices.shape[1], num_heads, group, capacity, softmax_scale * LOG2_E.value,
-        D=dim, BLOCK_T=BLOCK_T, TOKENS=GATHER_TOKENS, HEADS=16, BLOCK_N=GATHER_BLOCK_N,
+        WIDE=needs_int64(k, v), D=dim, BLOCK_T=BLOCK_T, TOKENS=GATHER_TOKENS, HEADS=16, BLOCK_N=GATHER_BLOCK_N,
         PRECISION=tile_shape(group, q.dtype)[2], num_warps=GATHER_WARPS, num_stages=GATHER_STAGES,
     )  # fmt: skip
 
@@ -184,13 +185,13 @@ def sparse_attention(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale
         return out, lse
     heads, block_n, precision = tile_shape(group, q.dtype)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    scale_log2 = softmax_scale * LOG2_E.value
+    scale_log2, wide = softmax_scale * LOG2_E.value, needs_int64(k, v)
     for tiles, keys, masks, counts in union_chunks(indices, cu_seqlens_q, cu_seqlens_k, num_keys):
         capacity = -1 if FORCE_GATHER else keys.shape[1]
         if capacity > 0:
             sparse_attention_fwd_kernel[(tiles.shape[0], num_groups * triton.cdiv(group, heads))](
                 q, k, v, out, lse, tiles, keys, masks, counts, *strides, num_heads, group,
-                capacity, scale_log2, WIDE=needs_int64(k, v), D=dim, BLOCK_T=BLOCK_T, HEADS=heads, BLOCK_N=block_n,
+                capacity, scale_log2, WIDE=wide, D=dim, BLOCK_T=BLOCK_T, HEADS=heads, BLOCK_N=block_n,
                 PRECISION=precision, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
                 maxnreg=MAX_REGISTERS,
             )  # fmt: skip

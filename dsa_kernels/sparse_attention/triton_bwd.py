@@ -8,7 +8,7 @@ the passes). A step gathers BLOCK_N rows of K and V once for all five products; 
 dv rows go to float32 buffers by atomic additions: 1 KB a listed key and KV head, rho / 16 of what a kernel by token
 adds. Gather kernel: the same by token, for tiles whose list overflowed. Bound by the atomics and the five products.
 
-Deterministic form: the same kernels without the atomics give dq; dk and dv come from one program per (128 keys, KV
+Deterministic form: the same kernels without the atomics give dq; dk and dv come from one program per (64 keys, KV
 head) that walks the tokens of the sequence in order, TOKENS at a time, with the selection as a bitmap [token, key]
 (chunks of BITMAP_BYTES). It skips steps without a common key, so it costs at most the dense backward.
 """
@@ -28,13 +28,13 @@ from .triton_union import (
     union_chunks,
 )
 
-BLOCK_N = 32
+BLOCK_N = 64
 NUM_WARPS = 8
 NUM_STAGES = 2
 GATHER_BLOCK_N = 64
 GATHER_WARPS = 4
 GATHER_STAGES = 2
-KEYS = 128  # keys a program of the deterministic kernel owns
+KEYS = 64  # keys a program of the deterministic kernel owns
 TOKENS = 8  # its query tokens a step
 OWNER_WARPS = 8
 BITMAP_BYTES = 64_000_000
@@ -128,8 +128,8 @@ def sparse_attention_bwd_kernel(dout, q, k, v, lse, delta, dq, dk, dv, tiles, ke
 def sparse_attention_gather_bwd_kernel(dout, q, k, v, lse, delta, dq, dk, dv, indices, tiles, counts, stride_dt,
                                        stride_dh, stride_qt, stride_qh, stride_kl, stride_kg, stride_vl, stride_vg,
                                        index_stride, topk, num_heads, num_groups, group, capacity, scale, scale_log2,
-                                       ADD: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, HEADS: tl.constexpr,
-                                       BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                                       ADD: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr,
+                                       HEADS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     tile = tl.program_id(0) // BLOCK_T
     i = tl.program_id(0) % BLOCK_T
     first, tokens, first_key, length = load_tile(tiles, tile)
@@ -149,21 +149,22 @@ def sparse_attention_gather_bwd_kernel(dout, q, k, v, lse, delta, dq, dk, dv, in
         key = tl.load(ids + n, mask=n < topk, other=-1)
         previous = tl.load(ids + n - 1, mask=(n > 0) & (n < topk), other=-1)
         valid = (key >= 0) & (key < length) & (key != previous)
-        row = key.to(tl.int64)
-        k_rows = tl.load(k + (row * stride_kl)[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # fmt: skip
-        v_rows = tl.load(v + (row * stride_vl)[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # fmt: skip
+        if WIDE:
+            key = key.to(tl.int64)
+        k_rows = tl.load(k + (key * stride_kl)[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # fmt: skip
+        v_rows = tl.load(v + (key * stride_vl)[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # fmt: skip
         chosen = valid[None, :] & inside[:, None]
         weights, dscores = step_gradients(queries, grad, row_lse, row_delta, k_rows, v_rows, chosen, scale_log2, PRECISION)  # fmt: skip
         dscores = dscores.to(k_rows.dtype)
         dq_sums = mma(dscores, k_rows, dq_sums, PRECISION)
         if ADD:
-            offset = start_kv + (row * num_groups * D)[:, None] + d[None, :]
+            offset = start_kv + (key.to(tl.int64) * num_groups * D)[:, None] + d[None, :]
             dv_rows = mma(tl.trans(weights.to(v_rows.dtype)), grad, None, PRECISION)
             tl.atomic_add(dv + offset, dv_rows, mask=valid[:, None], sem="relaxed")
             dk_rows = mma(tl.trans(dscores), queries, None, PRECISION)
             tl.atomic_add(dk + offset, dk_rows * scale, mask=valid[:, None], sem="relaxed")
-    row_out = token * num_heads + head
-    tl.store(dq + row_out[:, None] * D + d[None, :], (dq_sums * scale).to(dq.dtype.element_ty), mask=inside[:, None])  # fmt: skip
+    row = token * num_heads + head
+    tl.store(dq + row[:, None] * D + d[None, :], (dq_sums * scale).to(dq.dtype.element_ty), mask=inside[:, None])  # fmt: skip
 
 
 @triton.jit
@@ -213,18 +214,15 @@ def sparse_attention_bwd_owner_kernel(dout, q, k, v, lse, delta, dk, dv, key_til
         words = tl.load(bitmap + (step - start).to(tl.int64)[:, None] * num_words + word[None, :], mask=(step < end)[:, None], other=0)  # fmt: skip
         if tl.sum(tl.sum((words != 0).to(tl.int32), 1), 0) > 0:
             for block in range(blocks):
-                t, token, head, inside, _ = tile_rows(t0, tl.minimum(end - t0, TOKENS), tl.program_id(1) * blocks + block,
+                _, token, head, inside, _ = tile_rows(t0, tl.minimum(end - t0, TOKENS), tl.program_id(1) * blocks + block,
                                                       group, TOKENS, HEADS)  # fmt: skip
                 queries, grad, row_lse, row_delta = load_query_rows(q, dout, lse, delta, token, head, inside, stride_qt,
                                                                     stride_qh, stride_dt, stride_dh, num_heads, D)  # fmt: skip
-                bits = tl.load(bitmap + ((token - start) * num_words)[None, :] + (local // 32)[:, None], mask=inside[None, :], other=0)  # fmt: skip
-                chosen = ((bits >> (local % 32)[:, None]) & 1) == 1  # [KEYS, rows]
-                scores = mma(k_rows, tl.trans(queries), None, PRECISION)
-                weights = tl.where(chosen, tl.exp2(scores * scale_log2 - row_lse[None, :]), 0.0)
-                dweights = mma(v_rows, tl.trans(grad), None, PRECISION)
-                dscores = tl.where(chosen, weights * (dweights - row_delta[None, :]), 0.0)
-                dv_sums = mma(weights.to(grad.dtype), grad, dv_sums, PRECISION)
-                dk_sums = mma(dscores.to(queries.dtype), queries, dk_sums, PRECISION)
+                bits = tl.load(bitmap + ((token - start) * num_words)[:, None] + (local // 32)[None, :], mask=inside[:, None], other=0)  # fmt: skip
+                chosen = ((bits >> (local % 32)[None, :]) & 1) == 1
+                weights, dscores = step_gradients(queries, grad, row_lse, row_delta, k_rows, v_rows, chosen, scale_log2, PRECISION)  # fmt: skip
+                dv_sums = mma(tl.trans(weights.to(grad.dtype)), grad, dv_sums, PRECISION)
+                dk_sums = mma(tl.trans(dscores.to(queries.dtype)), queries, dk_sums, PRECISION)
     offset = ((row * num_groups + g) * D)[:, None] + d[None, :]
     tl.store(dk + offset, tl.load(dk + offset, mask=owned, other=0.0) + dk_sums * scale, mask=owned)
     tl.store(dv + offset, tl.load(dv + offset, mask=owned, other=0.0) + dv_sums, mask=owned)
@@ -281,7 +279,8 @@ def sparse_attention_bwd(
         dout, out, dlse, delta, *dout.stride()[:2], *out.stride()[:2], num_tokens * num_heads, num_heads,
         HAS_DLSE=dlse is not None, D=dim, ROWS=16, num_warps=4,
     )  # fmt: skip
-    heads, _, precision = tile_shape(group, q.dtype)
+    heads, block_n, precision = tile_shape(group, q.dtype)
+    block_n = min(block_n, BLOCK_N)
     strides = (*dout.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     scales = (softmax_scale, softmax_scale * LOG2_E.value)
     for tiles, keys, masks, counts in union_chunks(indices, cu_seqlens_q, cu_seqlens_k, num_keys):
@@ -290,14 +289,14 @@ def sparse_attention_bwd(
             sparse_attention_bwd_kernel[(tiles.shape[0], num_groups * triton.cdiv(group, heads))](
                 dout, q, k, v, lse, delta, dq, dk, dv, tiles, keys, masks, counts, *strides, num_heads, num_groups,
                 group, capacity, *scales, ADD=not deterministic, WIDE=needs_int64(k, v), D=dim, BLOCK_T=BLOCK_T,
-                HEADS=heads, BLOCK_N=BLOCK_N, PRECISION=precision, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+                HEADS=heads, BLOCK_N=block_n, PRECISION=precision, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
             )  # fmt: skip
         if forward.FORCE_GATHER or can_overflow(topk, num_keys):
             grid = (tiles.shape[0] * BLOCK_T, num_groups * triton.cdiv(group, 16))
             sparse_attention_gather_bwd_kernel[grid](
                 dout, q, k, v, lse, delta, dq, dk, dv, indices, tiles, counts, *strides, indices.stride(0), topk,
-                num_heads, num_groups, group, capacity, *scales, ADD=not deterministic, D=dim, BLOCK_T=BLOCK_T,
-                HEADS=16, BLOCK_N=GATHER_BLOCK_N, PRECISION=precision, num_warps=GATHER_WARPS,
+                num_heads, num_groups, group, capacity, *scales, ADD=not deterministic, WIDE=needs_int64(k, v), D=dim,
+                BLOCK_T=BLOCK_T, HEADS=16, BLOCK_N=GATHER_BLOCK_N, PRECISION=precision, num_warps=GATHER_WARPS,
                 num_stages=GATHER_STAGES,
             )  # fmt: skip
     if deterministic:

@@ -99,22 +99,20 @@ def build_union_kernel(indices, tiles, keys, masks, counts, bitmaps, num_tiles, 
                        RANKS: tl.constexpr, LIST_BLOCK: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     bitmap = bitmaps + program.to(tl.int64) * num_words * BLOCK_T
-    t = tl.arange(0, BLOCK_T)
+    lane = tl.arange(0, BLOCK_T * IDS)  # flat: a second dimension would let the compiler put tokens before ids
+    t = lane // IDS
     for tile in range(program, num_tiles, tl.num_programs(0)):
         first, tokens, _, length = load_tile(tiles, tile)
         list_start = tl.cast(tile, tl.int64) * capacity
-        row = indices + (first + t).to(tl.int64)[:, None] * index_stride
-        end = tl.zeros([BLOCK_T, IDS], tl.int32)
+        row = indices + (first + t).to(tl.int64) * index_stride
+        end = tl.zeros([BLOCK_T * IDS], tl.int32)
         for start in range(0, topk, IDS):
-            column = (start + tl.arange(0, IDS))[None, :]
-            key = tl.load(row + column, mask=(t[:, None] < tokens) & (column < topk), other=-1)
+            column = start + lane % IDS
+            key = tl.load(row + column, mask=(t < tokens) & (column < topk), other=-1)
             valid = (key >= 0) & (key < length)
-            tl.atomic_or(
-                bitmap + t[:, None] * num_words + (key >> 5), 1 << (key & 31), mask=valid,
-                sem="relaxed",
-            )  # fmt: skip
+            tl.atomic_or(bitmap + t * num_words + (key >> 5), 1 << (key & 31), mask=valid, sem="relaxed")  # fmt: skip
             end = tl.maximum(end, tl.where(valid, key + 1, 0))
-        last_key = tl.max(tl.max(end, 1), 0) - 1
+        last_key = tl.max(end, 0) - 1
         used_words = (last_key + 32) // 32
         tl.debug_barrier()
 
@@ -132,9 +130,7 @@ def build_union_kernel(indices, tiles, keys, masks, counts, bitmaps, num_tiles, 
                 rank += listed
             total += tl.sum(count, 0)
         tl.store(counts + tile, total)
-        pad_at = total + tl.arange(
-            0, LIST_BLOCK
-        )  # a whole last block: the last key again, selected by nobody
+        pad_at = total + tl.arange(0, LIST_BLOCK)  # the last key again, selected by nobody
         pad = (pad_at < tl.cdiv(total, LIST_BLOCK) * LIST_BLOCK) & (pad_at < capacity)
         tl.store(keys + list_start + pad_at, tl.zeros([LIST_BLOCK], tl.int32) + last_key, mask=pad)
         tl.store(masks + list_start + pad_at, tl.zeros([LIST_BLOCK], tl.int32), mask=pad)
@@ -167,9 +163,9 @@ def map_tiles(cu_rows, cu_others, num_rows, num_others, block=BLOCK_T):
     num_sequences = cu_rows.shape[0] - 1
     num_tiles = num_rows // block + num_sequences + 2
     tiles = torch.empty((num_tiles, TILE_FIELDS.value), dtype=torch.int32, device=cu_rows.device)
-    map_tiles_kernel[(triton.cdiv(num_tiles, 64),)](
+    map_tiles_kernel[(triton.cdiv(num_tiles, 32),)](
         cu_rows, cu_others, tiles, num_tiles, num_sequences, num_rows, num_others, BLOCK=block,
-        TILES=64, SEQUENCES=64, num_warps=4,
+        TILES=32, SEQUENCES=32, num_warps=4,
     )  # fmt: skip
     return tiles
 

@@ -1,0 +1,82 @@
+// The small matrix product that the attention kernels of the CPU are made of, and its panels.
+//
+// C[M, N] (+)= A[M, K] B[K, N] in float. A is read element by element with any two strides, so it
+// may be a transposed view; B and C are rows of vectors: N a multiple of kLanes, M one of
+// kTileRows. A register tile of 4 rows x 3 vectors (12 accumulators) takes 7 loads for 12 FMAs;
+// where N is a single vector, 8 rows x 1.
+#pragma once
+
+#include "common/simd.h"
+
+namespace dsa::DSA_ISA {
+
+inline constexpr int kTileRows = 4;
+
+// splat adds 0, which the compiler must keep (-0 + 0 is 0); subtracting it folds into the load.
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+struct View {  // a matrix of floats by strides
+    const float* data;
+    int64_t row, column;
+};
+
+template <int R, int V>
+inline void gemm_register_tile(int64_t k, View a, const float* b, int64_t ldb, float* c,
+                               int64_t ldc, bool accumulate) {
+    Vec sum[R][V] = {};  // added to C at the end: sums of blocks round less than one long chain
+    const float* column = a.data;
+    for (int64_t i = 0; i < k; ++i, b += ldb, column += a.column) {
+        Vec x[V];
+        for (int v = 0; v < V; ++v) x[v] = load(b + v * kLanes);
+        for (int r = 0; r < R; ++r) {
+            const Vec y = broadcast(column[r * a.row]);
+            for (int v = 0; v < V; ++v) sum[r][v] = y * x[v] + sum[r][v];
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) {
+            float* to = c + r * ldc + v * kLanes;
+            store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+        }
+}
+
+template <int V>
+inline void gemm_columns(int64_t m, int64_t k, View a, const float* b, int64_t ldb, float* c,
+                         int64_t ldc, bool accumulate) {
+    int64_t r = 0;
+    if constexpr (V == 1) {
+        for (; r + 8 <= m; r += 8)
+            gemm_register_tile<8, V>(k, {a.data + r * a.row, a.row, a.column}, b, ldb, c + r * ldc,
+                                     ldc, accumulate);
+    }
+    for (; r < m; r += kTileRows)
+        gemm_register_tile<kTileRows, V>(k, {a.data + r * a.row, a.row, a.column}, b, ldb,
+                                         c + r * ldc, ldc, accumulate);
+}
+
+inline void gemm_tile(int64_t m, int64_t n, int64_t k, View a, const float* b, int64_t ldb,
+                      float* c, int64_t ldc, bool accumulate) {
+    int64_t j = 0;
+    for (; j + 3 * kLanes <= n; j += 3 * kLanes)
+        gemm_columns<3>(m, k, a, b + j, ldb, c + j, ldc, accumulate);
+    if (j + 2 * kLanes <= n) {
+        gemm_columns<2>(m, k, a, b + j, ldb, c + j, ldc, accumulate);
+    } else if (j < n) {
+        gemm_columns<1>(m, k, a, b + j, ldb, c + j, ldc, accumulate);
+    }
+}
+
+// x[0, n) as floats.
+template <typename T>
+inline void widen(const T* x, int64_t n, float* out) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i));
+    for (; i < n; ++i) out[i] = to_float(x[i]);
+}
+
+// softmax numerator of a score; keeps a NaN a NaN
+inline Vec exp_or_nan(Vec x) { return x == x ? vexp(x) : x; }
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+}  // namespace dsa::DSA_ISA
