@@ -60,7 +60,7 @@ def check_against_reference(args, result):
     (Di / 2 + 10) 2^-23 |y|_2 after the transform, which keeps norms. In bf16 a difference of 2^-21 turns one rounding in
     2^14 the other way, by 2^-7 of the element. If every rounding of the norm and of RoPE turned, y would move by
     2^-6 |y|_2, and its own by 2^-7 |y_j|. Then both are rounded to a code, half a step each.
-    With 2 Di roundings, about one vector in 2^-7 has one that turned; one in 16 is far from both chance and a rounding
+    With 2 Di roundings, at most about one vector in 2^7 has one that turned; one in 16 is far from both chance and a rounding
     left out, which changes most vectors.
     """
     dim, dtype = args[0].shape[-1], args[0].dtype

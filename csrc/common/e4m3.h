@@ -46,7 +46,9 @@ inline VecU float_to_e4m3(Vec x) {
 }
 
 inline void store_e4m3(uint8_t* p, Vec x) {
-    const VecB codes = __builtin_convertvector(float_to_e4m3(x), VecB);
+    // Halved twice: GCC takes the direct conversion lane by lane.
+    const VecH halves = __builtin_convertvector(float_to_e4m3(x), VecH);
+    const VecB codes = __builtin_convertvector(halves, VecB);
     std::memcpy(p, &codes, sizeof codes);
 }
 

@@ -22,9 +22,15 @@ inline Vec rounded(Vec x, bf16) {
 // x[i] of every lane i becomes x[i ^ kDistance].
 template <int kDistance>
 inline Vec exchange_lanes(Vec x) {
+#ifdef __clang__
     Vec y;
     for (int i = 0; i < kLanes; ++i) y[i] = x[i ^ kDistance];
     return y;
+#else  // GCC does not find the shuffle in that loop
+    VecI from;
+    for (int i = 0; i < kLanes; ++i) from[i] = i ^ kDistance;
+    return __builtin_shuffle(x, from);
+#endif
 }
 
 template <int kDistance>
