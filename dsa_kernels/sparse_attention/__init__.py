@@ -61,12 +61,13 @@ def sparse_attention(
     give zeros and -inf; allocates the results and on a GPU at most 256 MB of workspace (backward: also fp32 dk, dv).
     """
     if softmax_scale is None:
-        shape = getattr(q, "shape", ())  # the check reports a q that has none
+        shape: tuple[int, ...] = getattr(q, "shape", ())  # the check reports a q that has none
         softmax_scale = shape[-1] ** -0.5 if len(shape) == 3 and shape[-1] > 0 else 1.0
     return _op(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic)
 
 
-def _check(
+def _check_inputs(
+    a: Arguments,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -75,9 +76,7 @@ def _check(
     cu_seqlens_k: torch.Tensor,
     softmax_scale: float,
     deterministic: bool,
-    op: str = "sparse_attention",
-) -> Arguments:
-    a = Arguments(op)
+) -> None:
     a.tensor("q", q, "T H D", FLOATS)
     a.tensor("k", k, "L G D", (q.dtype,))
     a.tensor("v", v, "L G D", (q.dtype,))
@@ -89,7 +88,10 @@ def _check(
     a.require(a["N"] > 0, "cu_seqlens_q", "shape [S+1]", "shape [0]")
     a.tensor("cu_seqlens_k", cu_seqlens_k, "N", INT32, contiguous=True)
     a.number("softmax_scale", softmax_scale)
-    return a
+
+
+def _check(*args: Any) -> None:
+    _check_inputs(Arguments("sparse_attention"), *args)
 
 
 def _fake(
@@ -115,7 +117,8 @@ def _check_bwd(
     lse: torch.Tensor,
     *rest: Any,
 ) -> None:
-    a = _check(q, k, v, *rest, op="sparse_attention_bwd")
+    a = Arguments("sparse_attention_bwd")
+    _check_inputs(a, q, k, v, *rest)
     a.tensor("dout", dout, "T H D", (q.dtype,))
     a.tensor("out", out, "T H D", (q.dtype,))
     a.tensor("lse", lse, "T H", FP32, contiguous=True)
@@ -139,9 +142,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.save_for_backward(q, k, v, *output, indices, cu_seqlens_q, cu_seqlens_k)
 
 
-def _backward(
-    ctx: Any, dout: torch.Tensor, dlse: torch.Tensor
-) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     gradients = torch.ops.dsa_kernels.sparse_attention_bwd(
         dout.contiguous(), dlse.contiguous(), *ctx.saved_tensors, ctx.softmax_scale,
         ctx.deterministic,

@@ -3,12 +3,10 @@
 import torch
 
 
-def sparse_attention(
-    q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic
-):
+def sparse_attention(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic):
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=lse_dtype)
-    for rows, keys, chosen, queries, keys_s, values_s in _sequences(
+    for rows, _, chosen, queries, keys_s, values_s in _sequences(
         q, k, v, indices, cu_seqlens_q, cu_seqlens_k
     ):
         empty = ~chosen.any(-1)[:, None, None, None]

@@ -64,7 +64,9 @@ def softmax_step(scores, chosen, top, total, scale_log2):
 
 
 @triton.jit
-def store_rows(out, lse, token, head, inside, num_heads, sums, top, total, scale_log2, D: tl.constexpr):
+def store_rows(
+    out, lse, token, head, inside, num_heads, sums, top, total, scale_log2, D: tl.constexpr
+):
     row = token * num_heads + head
     d = tl.arange(0, D)
     result = sums / tl.where(total > 0, total, tl.where(total == total, 1.0, total))[:, None]
@@ -158,9 +160,7 @@ def needs_int64(k, v):
     return k.shape[0] * max(k.stride(0), v.stride(0)) >= 2**31
 
 
-def sparse_attention(
-    q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic
-):
+def sparse_attention(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic):
     num_tokens, num_heads, dim = q.shape
     num_keys, num_groups = k.shape[:2]
     group = num_heads // num_groups
@@ -180,7 +180,10 @@ def sparse_attention(
                 PRECISION=precision, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
             )  # fmt: skip
         if FORCE_GATHER or can_overflow(indices.shape[1], num_keys):
-            grid = (tiles.shape[0] * (BLOCK_T // GATHER_TOKENS), num_groups * triton.cdiv(group, 16))
+            grid = (
+                tiles.shape[0] * (BLOCK_T // GATHER_TOKENS),
+                num_groups * triton.cdiv(group, 16),
+            )
             sparse_attention_gather_fwd_kernel[grid](
                 q, k, v, out, lse, indices, tiles, counts, *strides, indices.stride(0),
                 indices.shape[1], num_heads, group, capacity, scale_log2, WIDE=wide, D=dim, BLOCK_T=BLOCK_T,

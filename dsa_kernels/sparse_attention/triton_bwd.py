@@ -68,7 +68,9 @@ def load_query_rows(q, dout, lse, delta, token, head, inside, stride_qt, stride_
 
 
 @triton.jit
-def step_gradients(queries, grad, row_lse, row_delta, k_rows, v_rows, chosen, scale_log2, PRECISION: tl.constexpr):
+def step_gradients(
+    queries, grad, row_lse, row_delta, k_rows, v_rows, chosen, scale_log2, PRECISION: tl.constexpr
+):
     """P and dS of one step, rows x keys; 0 where not chosen, whatever the row holds."""
     scores = mma(queries, tl.trans(k_rows), None, PRECISION)
     weights = tl.where(chosen, tl.exp2(scores * scale_log2 - row_lse[:, None]), 0.0)
@@ -212,7 +214,7 @@ def sparse_attention_bwd_owner_kernel(dout, q, k, v, lse, delta, dk, dv, key_til
         words = tl.load(bitmap + (step - start).to(tl.int64)[:, None] * num_words + word[None, :], mask=(step < end)[:, None], other=0)  # fmt: skip
         if tl.sum(tl.sum((words != 0).to(tl.int32), 1), 0) > 0:
             for block in range(blocks):
-                t, token, head, inside, _ = tile_rows(t0, tl.minimum(end - t0, TOKENS), tl.program_id(1) * blocks + block,
+                _, token, head, inside, _ = tile_rows(t0, tl.minimum(end - t0, TOKENS), tl.program_id(1) * blocks + block,
                                                       group, TOKENS, HEADS)  # fmt: skip
                 queries, grad, row_lse, row_delta = load_query_rows(q, dout, lse, delta, token, head, inside, stride_qt,
                                                                     stride_qh, stride_dt, stride_dh, num_heads, D)  # fmt: skip

@@ -79,9 +79,7 @@ def map_tiles_kernel(cu_rows, cu_others, tiles, num_tiles, num_sequences, num_ro
         lower = tl.maximum(lower, tl.max(tl.where(before, bound[None, :], 0), 1))
         upper = tl.minimum(upper, tl.min(tl.where(after, bound[None, :], num_rows), 1))
         first_other = tl.maximum(first_other, tl.max(tl.where(before, other[None, :], 0), 1))
-        end_other = tl.minimum(
-            end_other, tl.min(tl.where(after, other[None, :], num_others), 1)
-        )
+        end_other = tl.minimum(end_other, tl.min(tl.where(after, other[None, :], num_others), 1))
     first = lower + BLOCK * (tile - lower // BLOCK - number)
     count = tl.minimum(tl.maximum(upper - first, 0), BLOCK)
     real = (number >= 1) & (number <= num_sequences)
@@ -93,13 +91,17 @@ def map_tiles_kernel(cu_rows, cu_others, tiles, num_tiles, num_sequences, num_ro
     tl.store(row + 4, first - lower, mask=tile < num_tiles)
 
 
-@triton.jit(do_not_specialize=["index_stride"])  # one layout, 4 bytes a lane, for the ids and their atomics
+@triton.jit(
+    do_not_specialize=["index_stride"]
+)  # one layout, 4 bytes a lane, for the ids and their atomics
 def build_union_kernel(indices, tiles, keys, masks, counts, bitmaps, num_tiles, topk, index_stride, num_words,
                        capacity, BLOCK_T: tl.constexpr, IDS: tl.constexpr, WORDS: tl.constexpr,
                        RANKS: tl.constexpr, LIST_BLOCK: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     bitmap = bitmaps + program.to(tl.int64) * num_words * BLOCK_T
-    lane = tl.arange(0, BLOCK_T * IDS)  # flat: a second dimension would let the compiler put tokens before ids
+    lane = tl.arange(
+        0, BLOCK_T * IDS
+    )  # flat: a second dimension would let the compiler put tokens before ids
     t = lane // IDS
     for tile in range(program, num_tiles, tl.num_programs(0)):
         first, tokens, _, length = load_tile(tiles, tile)
@@ -130,7 +132,9 @@ def build_union_kernel(indices, tiles, keys, masks, counts, bitmaps, num_tiles, 
                 rank += listed
             total += tl.sum(count, 0)
         tl.store(counts + tile, total)
-        tail = total + tl.arange(0, LIST_BLOCK)  # a whole last block: the last key again, selected by nobody
+        tail = total + tl.arange(
+            0, LIST_BLOCK
+        )  # a whole last block: the last key again, selected by nobody
         pad = (tail < tl.cdiv(total, LIST_BLOCK) * LIST_BLOCK) & (tail < capacity)
         tl.store(keys + list_start + tail, tl.zeros([LIST_BLOCK], tl.int32) + last_key, mask=pad)
         tl.store(masks + list_start + tail, tl.zeros([LIST_BLOCK], tl.int32), mask=pad)
@@ -203,9 +207,7 @@ def union_chunks(indices, cu_seqlens_q, cu_seqlens_k, num_keys):
     bitmap_bytes = programs * BLOCK_T * num_words * 4
     chunk = max((WORKSPACE_BYTES - bitmap_bytes) // (capacity * 8), 1)
     chunk = triton.cdiv(tiles.shape[0], triton.cdiv(tiles.shape[0], chunk))  # equal parts
-    bitmaps = torch.zeros(
-        (programs, BLOCK_T, num_words), dtype=torch.int32, device=indices.device
-    )
+    bitmaps = torch.zeros((programs, BLOCK_T, num_words), dtype=torch.int32, device=indices.device)
     keys, masks = torch.empty((2, chunk, capacity), dtype=torch.int32, device=indices.device)
     counts = torch.empty(chunk, dtype=torch.int32, device=indices.device)
     for part in tiles.split(chunk):
