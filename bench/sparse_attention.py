@@ -130,7 +130,7 @@ PEERS = {
 def verify(result, arguments):
     """64 random tokens in float32, forward; each is its own sequence tail, so the rest is not computed."""
     out = result[0] if isinstance(result, tuple) else result
-    q, k, v, indices, cu_seqlens_q, cu_seqlens_k = arguments
+    q, k, v, indices, _, cu_seqlens_k = arguments
     rows = torch.randperm(q.shape[0], device=q.device)[:64].sort().values
     few = torch.tensor([0, len(rows)], dtype=torch.int32, device=q.device)
     want, _ = reference(
@@ -157,9 +157,7 @@ def case(tokens, context, rho, device, *, backward=False, quick=False) -> Case:
         inputs=lambda: inputs(tokens, context, rho, device),
         ours=with_backward(ours) if backward else ours,
         verify=verify,
-        peers={
-            name: with_backward(peer) if backward else peer for name, peer in PEERS.items()
-        },
+        peers={name: with_backward(peer) if backward else peer for name, peer in PEERS.items()},
         flops=4.0 * pairs * DIM * (3.5 if backward else 1),
         bytes=(3.0 if backward else 1) * size + 4.0 * tokens * TOPK,
         quick=quick,

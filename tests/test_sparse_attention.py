@@ -49,12 +49,17 @@ def double(args):
 def allowed(eager, exact, floor):
     """Per row, 2x the error of the same computation in torch at the inputs' precision, and a floor of a few ulp."""
     error = (eager.double() - exact).abs().flatten(1).amax(1)
-    return 2 * error + floor * exact.abs().flatten(1).amax(1)
+    return 2 * error + floor
+
+
+def row_size(x):
+    return x.abs().flatten(1).amax(1)
 
 
 def assert_rows(actual, exact, eager, floor):
     error = (actual.double() - exact).abs().flatten(1).amax(1)
-    assert (error <= allowed(eager, exact, floor)).all(), (error - allowed(eager, exact, floor)).max()
+    excess = (error - allowed(eager, exact, floor)).amax().item()
+    assert excess <= 0, f"{excess} above the tolerance"
 
 
 def eager_attention(q, k, v, indices, cu_q, cu_k, scale):
@@ -85,7 +90,9 @@ SHAPES = [  # heads, groups, dim, topk
 def test_forward_and_backward(tier, heads, groups, dim, topk, dtype):
     args = problem([5, 0, 21], [5, 3, 50], heads, groups, dim, topk, tier.device, dtype)
     scale = dim**-0.5
-    floor = 1e-6 if dtype == torch.float32 else 2**-8 * (2 if tier.interpreted else 1)  # it truncates
+    ulp = 1e-6 if dtype == torch.float32 else 2**-8
+    if tier.interpreted and dtype == torch.bfloat16:
+        ulp *= 2  # Triton's interpreter truncates
     leaves = [x.requires_grad_() for x in args[:3]]
     exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
     eager_leaves = [x.detach().clone().requires_grad_() for x in leaves]
@@ -93,7 +100,7 @@ def test_forward_and_backward(tier, heads, groups, dim, topk, dtype):
     eager = eager_attention(*eager_leaves, *args[3:], scale)
     with tier:
         out, lse = dsa_kernels.sparse_attention(*args)
-        assert_rows(out.detach(), exact.detach(), eager.detach(), floor)
+        assert_rows(out.detach(), exact.detach(), eager.detach(), ulp * row_size(exact.detach()))
         torch.testing.assert_close(lse.double(), exact_lse, rtol=2e-6, atol=5e-6)
 
         dout, dlse = torch.randn_like(out), torch.randn_like(lse)
@@ -108,7 +115,8 @@ def test_forward_and_backward(tier, heads, groups, dim, topk, dtype):
     for got, want, eager_grad, plain in zip(
         gradients, exact_gradients, eager_gradients, plain_gradients
     ):
-        assert_rows(got, want, want + (eager_grad - plain), 2 * floor)
+        # Rows of a gradient may be small differences of large terms: the floor is that of the whole tensor.
+        assert_rows(got, want, want + (eager_grad - plain), ulp * row_size(want).amax())
 
 
 def run_both(tier, args, scale, deterministic=False):
@@ -285,7 +293,9 @@ def test_a_perturbed_row_is_noticed(tier):
     args[3][4] = args[3][4].sort().values
     with tier:
         out, _ = dsa_kernels.sparse_attention(*args)
-    wrong = (out.double() - exact).abs().flatten(1).amax(1) > allowed(eager, exact, 2e-6)
+    wrong = (out.double() - exact).abs().flatten(1).amax(1) > allowed(
+        eager, exact, 1e-6 * row_size(exact)
+    )
     assert wrong.tolist() == [False, False, False, False, True, False]
 
 

@@ -1,40 +1,52 @@
 // sparse_attention on the CPU: one token and one KV head at a time, every selected K and V row read
 // once for all heads of the group.
 //
-// Forward, per (token, KV head): tiles of kTile rows (16 KB, in L1) against blocks of kBlock heads.
-// Scores stay in kLanes accumulators of kBlock heads x kLanes / kBlock keys, summed by one
+// Forward, per (token, KV head): kTile rows, widened to float in L1, against blocks of kBlock
+// heads. Scores stay in kLanes accumulators of kBlock heads x kLanes / kBlock keys, summed by one
 // transposing tree, and lie as [K][kBlock]: the lanes of the softmax are heads. Softmax over the
-// list in two passes, then tiles of V rows against kBlock heads x kWide accumulators. bf16 rows
-// widen in registers. Scratch: K scores a head, per thread.
+// list in two passes, then tiles of V rows against kBlock heads x kWide accumulators. Scratch: K
+// scores a head, per thread.
 //
 // Backward: dq by token, as the forward. dk and dv by (KV head, range of kRange keys): the owner
 // walks the tokens in order, so the order of the sums does not depend on the number of threads. The
 // scores are computed in both passes: 7 products instead of 5, but no memory beyond O(T * K).
 //
-// Bound by FMAs while K and V fit L3: 8 FMAs per 6 loads.
+// Bound by the gather of rows from L2 and L3, then by FMAs (8 per 6 loads).
 #include "common/cpu.h"
 
 #include "common/simd.h"
 
 namespace dsa::DSA_ISA {
 
-constexpr int64_t kTile = 64;
+constexpr int64_t kTile = 32;  // rows widened at a time: 16 KB of floats
+constexpr int64_t kMaxDim = 128;
 constexpr int64_t kRange = 1024;  // keys a dk / dv task owns: 1 MB of sums at D = 128
 constexpr int kWide = kLanes == 16 ? 4 : 2;
+// A weight in every lane. Unlike x + 0, x - 0 is x for every x: no instruction.
+inline Vec broadcast(float x) { return x - Vec{}; }
+
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-template <int... I>
+// Sums of neighbours of a, then of b: single lanes inside every 128 bits (kGroup 1), or whole
+// groups of four lanes (kGroup 4).
+template <int kGroup, int... I>
 inline Vec add_neighbours(Vec a, Vec b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, (2 * I)...) +
-           __builtin_shufflevector(a, b, (2 * I + 1)...);
+    if constexpr (kGroup == 1) {
+        return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + I % 4 / 2 * kLanes)...) +
+               __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + 1 + I % 4 / 2 * kLanes)...);
+    } else {
+        return __builtin_shufflevector(a, b, (I / 4 * 8 + I % 4)...) +
+               __builtin_shufflevector(a, b, (I / 4 * 8 + 4 + I % 4)...);
+    }
 }
 
 // r[i] = sum of the lanes of x[i]; x is used up.
 inline Vec reduce_lanes(Vec* x) {
-    for (int n = kLanes; n > 1; n /= 2)
-        for (int i = 0; i < n / 2; ++i)
-            x[i] =
-                add_neighbours(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+    for (int n = kLanes / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i)
+            x[i] = n >= kLanes / 4 ? add_neighbours<1>(x[2 * i], x[2 * i + 1], lanes)
+                                   : add_neighbours<4>(x[2 * i], x[2 * i + 1], lanes);
     return x[0];
 }
 
@@ -58,10 +70,18 @@ struct Rows {
     int64_t n;
     const T* operator[](int64_t i) const { return base + positions[i] * stride; }
 
-    void prefetch(int64_t begin, int64_t end, int64_t dim) const {
-        for (int64_t i = begin; i < std::min(end, n); ++i)
+    // Rows [begin, end) as floats, one after another; the kTile after them are prefetched. Used in
+    // place they would keep hitting a quarter of L1's sets (a row of 4 KV heads is 1 KB).
+    void widen(int64_t begin, int64_t end, int64_t dim, float* tile) const {
+        for (int64_t i = end; i < std::min(end + kTile, n); ++i)
             for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T)))
-                __builtin_prefetch((*this)[i] + d);
+                __builtin_prefetch((*this)[i] + d, 0, 2);
+        for (int64_t i = begin; i < end; ++i)
+            for (int64_t d = 0; d < dim; d += kLanes)
+                store(tile + (i - begin) * dim + d, load((*this)[i] + d));
+        if ((end - begin) % kLanes != 0)  // dot_rows reads up to a whole vector of keys
+            std::fill(tile + (end - begin) * dim,
+                      tile + std::min(end - begin + kLanes, kTile) * dim, 0.0f);
     }
 };
 
@@ -75,22 +95,23 @@ int64_t padded_size(int64_t n) {
 template <int kBlock, typename T>
 void dot_rows(const float* heads, int64_t blocks, const Rows<T>& rows, int64_t dim, float* scores) {
     constexpr int kKeys = kLanes / kBlock;
+    alignas(64) float tile[kTile * kMaxDim];
     const int64_t size = padded_size<kBlock>(rows.n);
     for (int64_t begin = 0; begin < rows.n; begin += kTile) {
         const int64_t end = std::min(begin + kTile, rows.n);
-        rows.prefetch(end, end + kTile, dim);
+        rows.widen(begin, end, dim, tile);
         for (int64_t b = 0; b < blocks; ++b) {
             const float* head = heads + b * kBlock * dim;
             for (int64_t i = begin; i < end; i += kKeys) {
-                const T* key[kKeys];
-                for (int j = 0; j < kKeys; ++j) key[j] = rows[std::min(i + j, rows.n - 1)];
-                Vec sums[kLanes] = {};
+                const float* key = tile + (i - begin) * dim;
+                Vec sums[kLanes];
+                for (Vec& sum : sums) sum = Vec{};
                 for (int64_t d = 0; d < dim; d += kLanes)
                     for (int j = 0; j < kKeys; ++j) {
-                        const Vec row = load(key[j] + d);
+                        const Vec value = load(key + j * dim + d);
                         for (int h = 0; h < kBlock; ++h)
                             sums[j * kBlock + h] =
-                                row * load(head + h * dim + d) + sums[j * kBlock + h];
+                                value * load(head + h * dim + d) + sums[j * kBlock + h];
                     }
                 store(scores + b * size + i * kBlock, reduce_lanes(sums));
             }
@@ -101,10 +122,11 @@ void dot_rows(const float* heads, int64_t blocks, const Rows<T>& rows, int64_t d
 // out[b][h] += sum_i weights[b][i][h] * rows[i].
 template <int kBlock, typename T>
 void add_rows(const float* weights, int64_t blocks, const Rows<T>& rows, int64_t dim, float* out) {
+    alignas(64) float tile[kTile * kMaxDim];
     const int64_t size = padded_size<kBlock>(rows.n);
     for (int64_t begin = 0; begin < rows.n; begin += kTile) {
         const int64_t end = std::min(begin + kTile, rows.n);
-        rows.prefetch(end, end + kTile, dim);
+        rows.widen(begin, end, dim, tile);
         for (int64_t b = 0; b < blocks; ++b) {
             const float* weight = weights + b * size;
             for (int64_t d = 0; d < dim; d += kWide * kLanes) {
@@ -115,10 +137,11 @@ void add_rows(const float* weights, int64_t blocks, const Rows<T>& rows, int64_t
                         sums[h][w] = load(target + h * dim + w * kLanes);
                 for (int64_t i = begin; i < end; ++i) {
                     Vec value[kWide];
-                    for (int w = 0; w < kWide; ++w) value[w] = load(rows[i] + d + w * kLanes);
+                    for (int w = 0; w < kWide; ++w)
+                        value[w] = load(tile + (i - begin) * dim + d + w * kLanes);
                     for (int h = 0; h < kBlock; ++h)
                         for (int w = 0; w < kWide; ++w)
-                            sums[h][w] = splat(weight[i * kBlock + h]) * value[w] + sums[h][w];
+                            sums[h][w] = broadcast(weight[i * kBlock + h]) * value[w] + sums[h][w];
                 }
                 for (int h = 0; h < kBlock; ++h)
                     for (int w = 0; w < kWide; ++w)
@@ -135,7 +158,7 @@ void add_outer(const float* weights, const int32_t* positions, int64_t n, int64_
     for (int64_t i = 0; i < n; ++i) {
         float* target = sums + (positions[i] - first) * dim;
         Vec weight[kBlock];
-        for (int h = 0; h < kBlock; ++h) weight[h] = splat(weights[i * kBlock + h]);
+        for (int h = 0; h < kBlock; ++h) weight[h] = broadcast(weights[i * kBlock + h]);
         for (int64_t d = 0; d < dim; d += kLanes) {
             Vec sum = load(target + d);
             for (int h = 0; h < kBlock; ++h) sum = weight[h] * load(heads + h * dim + d) + sum;
