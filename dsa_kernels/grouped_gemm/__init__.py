@@ -145,38 +145,40 @@ def _scale(amax: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
 
 
-def _check(a_: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> None:
-    a = Arguments("grouped_gemm")
-    a.tensor("a", a_, "M K", FLOATS)
-    a.tensor("b", b, "E N K", (a_.dtype,), inner=0)
+def _check(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> None:
+    args = Arguments("grouped_gemm")
+    args.tensor("a", a, "M K", FLOATS)
+    args.tensor("b", b, "E N K", (a.dtype,), inner=0)
     inner = b.stride(2) == 1 or b.shape[2] <= 1 or b.stride(1) == 1 or b.shape[1] <= 1
-    a.require(inner, "b", "one of the last two dimensions contiguous", f"strides {b.stride()}")
-    a.tensor("offsets", offsets, "E+1", INT32, contiguous=True)
+    args.require(inner, "b", "one of the last two dimensions contiguous", f"strides {b.stride()}")
+    args.tensor("offsets", offsets, "E+1", INT32, contiguous=True)
 
 
-def _check_wgrad(dc: torch.Tensor, a_: torch.Tensor, offsets: torch.Tensor) -> None:
-    a = Arguments("grouped_gemm_wgrad")
-    a.tensor("dc", dc, "M N", FLOATS)
-    a.tensor("a", a_, "M K", (dc.dtype,))
-    a.tensor("offsets", offsets, "_", INT32, contiguous=True)
-    a.require(offsets.shape[0] >= 1, "offsets", "shape [E+1]", list(offsets.shape))
+def _check_wgrad(dc: torch.Tensor, a: torch.Tensor, offsets: torch.Tensor) -> None:
+    args = Arguments("grouped_gemm_wgrad")
+    args.tensor("dc", dc, "M N", FLOATS)
+    args.tensor("a", a, "M K", (dc.dtype,))
+    args.tensor("offsets", offsets, "_", INT32, contiguous=True)
+    args.require(offsets.shape[0] >= 1, "offsets", "shape [E+1]", list(offsets.shape))
 
 
 def _check_fp8(
-    a_: torch.Tensor,
+    a: torch.Tensor,
     a_scale: torch.Tensor,
     b: torch.Tensor,
     b_scale: torch.Tensor,
     offsets: torch.Tensor,
 ) -> None:
-    a = Arguments("grouped_gemm_fp8")
-    a.tensor("a", a_, "M K", FP8, contiguous=True)
-    a.require(a["K"] % BLOCK == 0, "a", "a multiple of 128 columns", a["K"])
-    a.tensor("a_scale", a_scale, f"M {a['K'] // BLOCK}", FP32, contiguous=True)
-    a.tensor("b", b, "E N K", FP8, contiguous=True)
-    a.require(a["N"] % BLOCK == 0, "b", "a multiple of 128 rows an expert", a["N"])
-    a.tensor("b_scale", b_scale, f"E {a['N'] // BLOCK} {a['K'] // BLOCK}", FP32, contiguous=True)
-    a.tensor("offsets", offsets, "E+1", INT32, contiguous=True)
+    args = Arguments("grouped_gemm_fp8")
+    args.tensor("a", a, "M K", FP8, contiguous=True)
+    args.require(args["K"] % BLOCK == 0, "a", "a multiple of 128 columns", args["K"])
+    args.tensor("a_scale", a_scale, f"M {args['K'] // BLOCK}", FP32, contiguous=True)
+    args.tensor("b", b, "E N K", FP8, contiguous=True)
+    args.require(args["N"] % BLOCK == 0, "b", "a multiple of 128 rows an expert", args["N"])
+    args.tensor(
+        "b_scale", b_scale, f"E {args['N'] // BLOCK} {args['K'] // BLOCK}", FP32, contiguous=True
+    )
+    args.tensor("offsets", offsets, "E+1", INT32, contiguous=True)
 
 
 _op = register(

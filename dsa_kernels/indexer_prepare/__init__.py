@@ -89,8 +89,39 @@ def _check(
     cos: Tensor,
     sin: Tensor,
     eps: float,
-    *cache: Tensor,
 ) -> None:
+    _check_prologue(q, k, gate, q_weight, k_weight, k_bias, cos, sin, eps)
+
+
+def _check_cached(
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    index_cache: Tensor,
+    slots: Tensor,
+) -> None:
+    a = _check_prologue(q, k, gate, q_weight, k_weight, k_bias, cos, sin, eps)
+    check_index_cache(a, index_cache, int(a["D"]))
+    a.tensor("slots", slots, "T", INT64, contiguous=True)
+
+
+def _check_prologue(
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> Arguments:
     a = Arguments("indexer_prepare")
     a.tensor("q", q, "T H D", FLOATS)
     dim = int(a["D"])
@@ -103,10 +134,7 @@ def _check(
     a.tensor("cos", cos, f"T {dim // 2}", FP32)
     a.tensor("sin", sin, f"T {dim // 2}", FP32)
     a.number("eps", eps)
-    if cache:
-        index_cache, slots = cache
-        check_index_cache(a, index_cache, dim)
-        a.tensor("slots", slots, "T", INT64, contiguous=True)
+    return a
 
 
 def _fake(
@@ -133,5 +161,5 @@ _table = [
 ]
 _prepare = register("indexer_prepare", room=__name__, check=_check, fake=_fake, table=_table)
 _prepare_cached = register(
-    "indexer_prepare_cached", room=__name__, check=_check, fake=_fake, table=_table
+    "indexer_prepare_cached", room=__name__, check=_check_cached, fake=_fake, table=_table
 )

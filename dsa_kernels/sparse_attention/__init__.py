@@ -62,7 +62,9 @@ def sparse_attention(
     give zeros and -inf; allocates the results and on a GPU at most 256 MB of workspace (backward: also fp32 dk, dv).
     """
     if softmax_scale is None:
-        shape: tuple[int, ...] = tuple(getattr(q, "shape", ()))  # the check reports a q that has none
+        shape: tuple[int, ...] = tuple(
+            getattr(q, "shape", ())
+        )  # the check reports a q that has none
         softmax_scale = shape[-1] ** -0.5 if len(shape) == 3 and shape[-1] > 0 else 1.0
     return _op(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic)
 

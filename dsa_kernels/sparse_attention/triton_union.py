@@ -99,7 +99,9 @@ def build_union_kernel(indices, tiles, keys, masks, counts, bitmaps, num_tiles, 
                        RANKS: tl.constexpr, LIST_BLOCK: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     bitmap = bitmaps + program.to(tl.int64) * num_words * BLOCK_T
-    lane = tl.arange(0, BLOCK_T * IDS)  # flat: a second dimension would let the compiler put tokens before ids
+    lane = tl.arange(
+        0, BLOCK_T * IDS
+    )  # flat: a second dimension would let the compiler put tokens before ids
     t = lane // IDS
     for tile in range(program, num_tiles, tl.num_programs(0)):
         first, tokens, _, length = load_tile(tiles, tile)
