@@ -34,6 +34,8 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/pip install --quiet --upgrade pip
 	$(bin)/pip install --quiet "$(TORCH)"
+	# A CPU build of torch brings no Triton; 3.6.0 is the one whose interpreter the tests are written for.
+	$(bin)/python -c "import triton" 2>/dev/null || $(bin)/pip install --quiet "triton==3.6.0"
 	$(bin)/pip install --quiet "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24" ninja
 	touch $@
 
