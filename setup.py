@@ -24,8 +24,13 @@ class CMakeBuild(build_ext):
         ]
         if archs := os.environ.get("DSA_CUDA_ARCHS"):
             configure.append(f"-DDSA_CUDA_ARCHS={archs}")
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *configure], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
+        # cmake and ninja from PyPI lie beside the interpreter, which need not be on PATH.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        for command in (
+            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *configure],
+            ["cmake", "--build", build],
+        ):
+            subprocess.run(command, check=True, env={**os.environ, "PATH": path})
 
 
 setup(ext_modules=[Extension("dsa_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

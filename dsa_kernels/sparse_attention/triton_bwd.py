@@ -271,7 +271,8 @@ def sparse_attention_bwd(
     num_keys, num_groups = k.shape[:2]
     group, topk = num_heads // num_groups, indices.shape[1]
     dq = torch.zeros((num_tokens, num_heads, dim), dtype=q.dtype, device=q.device)
-    dk, dv = torch.zeros((2, num_keys, num_groups, dim), dtype=torch.float32, device=q.device)
+    dk = torch.zeros((num_keys, num_groups, dim), dtype=torch.float32, device=q.device)
+    dv = torch.zeros_like(dk)
     if q.numel() == 0 or k.numel() == 0 or topk == 0:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
     delta = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=q.device)
