@@ -99,6 +99,7 @@ class CudaClock:
     def capture(self, calls: list[Call]) -> list[Call] | None:
         """Replays of one graph per call, or None if the calls cannot be captured."""
         stream = torch.cuda.current_stream(self.device)
+        graph = torch.cuda.CUDAGraph()
         try:
             with _sync_is_an_error():  # a cheaper way to find out than a failed capture
                 calls[0]()
@@ -113,11 +114,18 @@ class CudaClock:
             torch.cuda.synchronize(self.device)
             return replays
         except Exception:  # whatever a peer does inside a capture: the plain call still works
-            torch.cuda.set_stream(
-                stream
-            )  # torch.cuda.graph stays on its own if the capture's end fails
-            torch.cuda.synchronize(self.device)
+            torch.cuda.set_stream(stream)
+            self._clean_up_after(graph)
             return None
+
+    def _clean_up_after(self, graph: torch.cuda.CUDAGraph) -> None:
+        """A capture whose end fails leaves the allocator and the random generator in their capturing state: closes the
+        graph's pool, and makes one more capture, which ends well."""
+        torch.cuda.synchronize(self.device)
+        with contextlib.suppress(RuntimeError):  # the failure came before or after the capture
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            self.flush[:16].zero_()
 
     def clear(self) -> None:
         torch.compiler.reset()  # a compiled peer specialises on each case's shape

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,13 @@ import torch
 PACKAGE = Path(__file__).parent
 CPU_LIBRARY = PACKAGE / "libdsa_kernels_cpu.so"
 CUDA_LIBRARY = PACKAGE / "libdsa_kernels_cuda.so"
+_RESOURCES = {
+    "registers": r"Used (\d+) registers",
+    "stack_bytes": r"(\d+) bytes stack frame",
+    "spill_store_bytes": r"(\d+) bytes spill stores",
+    "spill_load_bytes": r"(\d+) bytes spill loads",
+    "shared_bytes": r"(\d+) bytes smem",
+}
 
 
 def load_cpu_library() -> None:
@@ -55,5 +64,20 @@ def build_info() -> dict[str, Any]:
         **_C.build_info(),
         "torch": torch.__version__,
         "cuda_library": cuda_library_absent() or str(CUDA_LIBRARY),
-        "kernels": _C.kernel_resources(),
+        "kernels": _kernel_resources(_C.ptxas_report(), _C.demangle),
     }
+
+
+def _kernel_resources(report: str, demangle: Callable[[str], str]) -> list[dict[str, Any]]:
+    """One entry per CUDA kernel and architecture, from the text of `ptxas -v`."""
+    kernels: list[dict[str, Any]] = []
+    for line in report.splitlines():
+        if entry := re.search(r"Compiling entry function '([^']+)' for '([^']+)'", line):
+            kernels.append({"name": demangle(entry[1]), "arch": entry[2], "shared_bytes": 0})
+        elif kernels:
+            kernels[-1] |= {
+                key: int(found[1])
+                for key, pattern in _RESOURCES.items()
+                if (found := re.search(pattern, line))
+            }
+    return kernels

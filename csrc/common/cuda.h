@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <optional>
@@ -24,7 +25,7 @@ using torch::stable::Tensor;
 
 inline cudaStream_t current_stream(const Tensor& like) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
     return static_cast<cudaStream_t>(stream);
 }

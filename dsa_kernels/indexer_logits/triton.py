@@ -16,11 +16,14 @@ on nothing but H and D: a score has the same bits in every batch, chunk and op. 
 from compute capability 8.9; before that, and in the interpreter, as float16, which holds it exactly.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 PAGE_SIZE = 64
+KEY_STEP = 128  # windows of keys begin at multiples of it
 BLOCK_Q, BLOCK_K, WARPS, STAGES = 64, 128, 4, 3
 MAX_REGISTERS = None  # a cap of 128 spills nothing with 8 warps
 PAGED_BLOCK_Q, PAGED_BLOCK_K, PAGED_WARPS, PAGED_STAGES = 8, 128, 4, 3
@@ -75,12 +78,14 @@ def relu(x):
 
 @triton.jit
 def indexer_logits_kernel(q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, out, first_token, end_token,
-                          num_sequences, num_keys, width, q_stride, w_stride, k_stride, out_stride, min_visible,
-                          H, D: tl.constexpr, STEPS: tl.constexpr, FP8_DOT: tl.constexpr, FILL: tl.constexpr,
+                          first_key, end_key, num_sequences, num_keys, width, q_stride, w_stride, k_stride,
+                          out_stride, min_visible, H, D: tl.constexpr, STEPS: tl.constexpr, FP8_DOT: tl.constexpr, FILL: tl.constexpr,
                           BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """Writes the scores of rows that see more than min_visible keys; FILL: -inf into the columns not visible."""
-    tiles_k = tl.cdiv(width, BLOCK_K)
-    base = (tl.program_id(0) % tiles_k) * BLOCK_K
+    """Writes the scores of the tokens [first_token, end_token) and keys [first_key, end_key) to out[0:, 0:], for rows
+    that see more than min_visible keys; FILL: -inf into the columns not visible."""
+    tiles_k = tl.cdiv(end_key - first_key, BLOCK_K)
+    base = first_key + (tl.program_id(0) % tiles_k) * BLOCK_K
+    out -= first_key
     row = (tl.program_id(0) // tiles_k) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     active = first_token + row < end_token
     tokens = tl.minimum(first_token + row, end_token - 1)
@@ -134,13 +139,14 @@ def indexer_logits_kernel(q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, ou
 
 @triton.jit
 def indexer_logits_paged_kernel(q, weights, cache, cache_scale, page_table, lengths, cu_seqlens_q, out, first_token,
-                                end_token, num_sequences, num_pages, width, q_stride, w_stride, table_stride,
-                                out_stride, min_visible, H, HEADS: tl.constexpr, D: tl.constexpr,
+                                end_token, first_key, end_key, num_sequences, num_pages, width, q_stride, w_stride,
+                                table_stride, out_stride, min_visible, H, HEADS: tl.constexpr, D: tl.constexpr,
                                 STEPS: tl.constexpr, FP8_DOT: tl.constexpr, FILL: tl.constexpr,
                                 PAGE_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """The same over pages; cache_scale is the cache seen as float32, HEADS a power of two >= H."""
-    tiles_k = tl.cdiv(width, BLOCK_K)
-    base = (tl.program_id(0) % tiles_k) * BLOCK_K
+    tiles_k = tl.cdiv(end_key - first_key, BLOCK_K)
+    base = first_key + (tl.program_id(0) % tiles_k) * BLOCK_K
+    out -= first_key
     row = (tl.program_id(0) // tiles_k) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     active = first_token + row < end_token
     tokens = tl.minimum(first_token + row, end_token - 1)
@@ -193,23 +199,43 @@ def bisection_steps(cu_seqlens: torch.Tensor) -> int:
     return max(cu_seqlens.shape[0] - 2, 0).bit_length()
 
 
-def score_packed(out, first_token, end_token, width, min_visible, fill, q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k):  # fmt: skip
-    """Scores of the tokens [first_token, end_token) into out[0:], columns below `width`."""
+@dataclass(frozen=True)
+class Window:
+    """The part of the score matrix that a launch computes: tokens [first_token, end_token), keys [first_key, end_key),
+    first_key a multiple of KEY_STEP; of rows that see more than min_visible of `width` keys."""
+
+    first_token: int
+    end_token: int
+    first_key: int
+    end_key: int
+    width: int
+    min_visible: int = 0
+    fill: bool = False
+
+    def tiles(self, block_q, block_k):
+        rows, columns = self.end_token - self.first_token, self.end_key - self.first_key
+        return (triton.cdiv(rows, block_q) * triton.cdiv(columns, block_k),)
+
+    @property
+    def bounds(self):
+        return self.first_token, self.end_token, self.first_key, self.end_key
+
+
+def score_packed(out, window, q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k):
+    """The scores of the window into out[0:, 0:]."""
     fp8 = takes_fp8(q.device)
     if not fp8:
         q, k = q.view(torch.uint8), k.view(torch.uint8)
     block_k, warps = (BLOCK_K, WARPS) if fp8 else (FLOAT16_BLOCK_K, FLOAT16_WARPS)
-    tiles = triton.cdiv(end_token - first_token, BLOCK_Q) * triton.cdiv(width, block_k)
-    indexer_logits_kernel[(tiles,)](
-        q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, out, first_token, end_token,
-        cu_seqlens_q.shape[0] - 1, k.shape[0], width, q.stride(0), weights.stride(0), k.stride(0), out.stride(0),
-        min_visible, q.shape[1], D=q.shape[2], STEPS=bisection_steps(cu_seqlens_q), FP8_DOT=fp8, FILL=fill,
-        BLOCK_Q=BLOCK_Q, BLOCK_K=block_k, num_warps=warps, num_stages=STAGES,
+    indexer_logits_kernel[window.tiles(BLOCK_Q, block_k)](
+        q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, out, *window.bounds, cu_seqlens_q.shape[0] - 1,
+        k.shape[0], window.width, q.stride(0), weights.stride(0), k.stride(0), out.stride(0), window.min_visible,
+        q.shape[1], D=q.shape[2], STEPS=bisection_steps(cu_seqlens_q), FP8_DOT=fp8, FILL=window.fill, BLOCK_Q=BLOCK_Q, BLOCK_K=block_k, num_warps=warps, num_stages=STAGES,
         maxnreg=MAX_REGISTERS if fp8 else None,
     )  # fmt: skip
 
 
-def score_paged(out, first_token, end_token, width, min_visible, fill, q, weights, index_cache, page_table, lengths, cu_seqlens_q):  # fmt: skip
+def score_paged(out, window, q, weights, index_cache, page_table, lengths, cu_seqlens_q):
     """The same over pages."""
     fp8 = takes_fp8(q.device)
     heads, dim = q.shape[1:]
@@ -218,13 +244,12 @@ def score_paged(out, first_token, end_token, width, min_visible, fill, q, weight
         index_cache = index_cache.view(torch.float8_e4m3fn)
     else:
         q = q.view(torch.uint8)
-    tiles = triton.cdiv(end_token - first_token, PAGED_BLOCK_Q) * triton.cdiv(width, PAGED_BLOCK_K)
-    indexer_logits_paged_kernel[(tiles,)](
-        q, weights, index_cache, scales, page_table, lengths, cu_seqlens_q, out, first_token, end_token,
-        cu_seqlens_q.shape[0] - 1, index_cache.shape[0], width, q.stride(0), weights.stride(0), page_table.stride(0),
-        out.stride(0), min_visible, heads, HEADS=max(triton.next_power_of_2(heads), 16), D=dim,
-        STEPS=bisection_steps(cu_seqlens_q), FP8_DOT=fp8, FILL=fill, PAGE_SIZE=PAGE_SIZE, BLOCK_Q=PAGED_BLOCK_Q,
-        BLOCK_K=PAGED_BLOCK_K, num_warps=PAGED_WARPS if fp8 else FLOAT16_PAGED_WARPS, num_stages=PAGED_STAGES,
+    indexer_logits_paged_kernel[window.tiles(PAGED_BLOCK_Q, PAGED_BLOCK_K)](
+        q, weights, index_cache, scales, page_table, lengths, cu_seqlens_q, out, *window.bounds,
+        cu_seqlens_q.shape[0] - 1, index_cache.shape[0], window.width, q.stride(0), weights.stride(0),
+        page_table.stride(0), out.stride(0), window.min_visible, heads, HEADS=max(triton.next_power_of_2(heads), 16),
+        D=dim, STEPS=bisection_steps(cu_seqlens_q), FP8_DOT=fp8, FILL=window.fill, PAGE_SIZE=PAGE_SIZE,
+        BLOCK_Q=PAGED_BLOCK_Q, BLOCK_K=PAGED_BLOCK_K, num_warps=PAGED_WARPS if fp8 else FLOAT16_PAGED_WARPS, num_stages=PAGED_STAGES,
     )  # fmt: skip
 
 
@@ -234,7 +259,7 @@ def logits_of(score, width, cu_seqlens_q, q, *tensors):
         return torch.full((tokens, width), -torch.inf, dtype=torch.float32, device=q.device)
     out = torch.empty((tokens, width), dtype=torch.float32, device=q.device)
     if out.numel():
-        score(out, 0, tokens, width, 0, True, q, *tensors)
+        score(out, Window(0, tokens, 0, width, width, fill=True), q, *tensors)
     return out
 
 

@@ -1,11 +1,11 @@
-"""indexer_topk in Triton: the rows go through a workspace that stays in L2, two launches a chunk.
+"""indexer_topk in Triton: scores of a window of rows and keys into a workspace that stays in L2, then every row of the
+window takes what it needs of them; two launches a window.
 
-The score kernel of indexer_logits fills the chunk's rows (all multiprocessors share each row's keys, so one long row is
-no bottleneck there), then one program a row selects with topk_select's select_row. Rows that see at most topk keys are
-scored by neither: the score kernel skips their tiles and select_row writes the identity. The chunk's size follows from
-max_seqlen_k alone; the launches from T and max_seqlen_k, so nothing is read on the host.
-
-Workspace: SCORE_BYTES of scores and at most SELECT_PROGRAMS buffers of select_row, 60 MiB together.
+The score kernel is that of indexer_logits, the selection topk_select's: a row keeps candidates above a rising bound. Its
+candidates, their count and the bound stay in the workspace from window to window, so that ROWS rows select at the same
+time and fill the GPU, however long they are. After the last window of keys every row writes its set. Rows that see at
+most topk keys are scored by neither kernel and get the identity. Windows follow from T, K and max_seqlen_k alone: nothing
+is read on the host.
 """
 
 import torch
@@ -13,62 +13,81 @@ import triton
 import triton.language as tl
 
 from ..indexer_logits.triton import (
-    BLOCK_Q,
+    KEY_STEP,
     PAGE_SIZE,
+    Window,
     bisection_steps,
-    score_packed,
     score_paged,
+    score_packed,
     visible_keys,
 )
-from ..topk_select.triton import CAPACITY, num_groups, select_row
+from ..topk_select.triton import feed_row, finish_row, sizes
 
-SCORE_BYTES = 36 << 20
-SELECT_PROGRAMS = 384  # 64 KB of buffers each
-SELECT_BLOCK, SELECT_WARPS = 2048, 16
+WORKSPACE_BYTES = 60 << 20
+ROWS = 1024  # selecting at the same time; whole tiles of the score kernel
+FEWEST_KEYS = 4096  # of a window
 
 
 @triton.jit
-def indexer_topk_select_kernel(scores, cu_seqlens_q, key_bounds, out, key_buffer, column_buffer, first_token, rows,
-                               num_sequences, num_keys, width, row_stride, topk, STEPS: tl.constexpr,
-                               PAGED: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+def indexer_topk_select_kernel(scores, cu_seqlens_q, key_bounds, out, candidates, state, first_token, first_key,
+                               end_key, num_sequences, num_keys, width, row_stride, topk, STEPS: tl.constexpr,
+                               PAGED: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
                                CAPACITY: tl.constexpr):  # fmt: skip
-    program = tl.program_id(0)
-    buffer = program.to(tl.int64) * CAPACITY
-    for row in range(program, rows, tl.num_programs(0)):
-        token = first_token + tl.cast(row, tl.int32)
-        _, n = visible_keys(token, cu_seqlens_q, key_bounds, num_sequences, num_keys, width, STEPS, PAGED)  # fmt: skip
-        select_row(scores + tl.cast(row, tl.int64) * row_stride, n, topk, out + token.to(tl.int64) * topk,
-                   key_buffer + buffer, column_buffer + buffer, GROUPS, BLOCK, CAPACITY)  # fmt: skip
+    """One program a row: feeds the keys [first_key, end_key) to its candidates; state holds their count and bound."""
+    row = tl.program_id(0).to(tl.int64)
+    token = first_token + tl.program_id(0)
+    keys = candidates + row * (2 * CAPACITY)
+    columns = keys + CAPACITY
+    _, n = visible_keys(token, cu_seqlens_q, key_bounds, num_sequences, num_keys, width, STEPS, PAGED)
+    count = 0
+    bound = tl.full([], 0, tl.uint32)
+    if (n > topk) & (n > first_key):
+        if first_key > 0:
+            count = tl.load(state + 2 * row)
+            bound = tl.load(state + 2 * row + 1).to(tl.uint32, bitcast=True)
+        count, bound = feed_row(scores + row * row_stride, first_key, tl.minimum(n, end_key), topk, count, bound, keys,
+                                columns, BLOCK, SEARCH, CAPACITY)  # fmt: skip
+        tl.store(state + 2 * row, count)
+        tl.store(state + 2 * row + 1, bound.to(tl.int32, bitcast=True))
+    if end_key == width:
+        if (n > topk) & (n <= first_key):
+            count = tl.load(state + 2 * row)
+            bound = tl.load(state + 2 * row + 1).to(tl.uint32, bitcast=True)
+        finish_row(n, topk, count, bound, keys, columns, out + token.to(tl.int64) * topk, BLOCK, SEARCH, CAPACITY)
 
 
-def chunk_rows(width: int) -> int:
-    """Rows scored and selected together: whole tiles of the score kernel where SCORE_BYTES hold one."""
-    rows = max(SCORE_BYTES // (4 * width), 1)
-    return rows // BLOCK_Q * BLOCK_Q or rows
+def window_sizes(tokens, width, capacity):
+    """Rows and keys of a window: as many rows as select at the same time, as many of their keys as the rest holds."""
+    row_bytes = 8 * capacity
+    rows = max(min(tokens, ROWS, WORKSPACE_BYTES // (row_bytes + 4 * FEWEST_KEYS)), 1)
+    keys = max((WORKSPACE_BYTES // rows - row_bytes) // 4, FEWEST_KEYS)
+    return rows, min(keys // KEY_STEP, triton.cdiv(width, KEY_STEP)) * KEY_STEP
 
 
 def select_keys(score, width, topk, cu_seqlens_q, key_bounds, num_keys, q, *tensors):
-    """Chunk by chunk: score(scores of the chunk, ...) and the selection of its rows."""
+    """Window by window: score(scores of the window, ...), then its rows' candidates."""
     tokens = q.shape[0]
     if cu_seqlens_q.shape[0] == 1 or width == 0:  # no sequence or no key
         return torch.full((tokens, topk), -1, dtype=torch.int32, device=q.device)
     out = torch.empty((tokens, topk), dtype=torch.int32, device=q.device)
-    unscored = width <= topk
-    rows = tokens if unscored else min(chunk_rows(width), tokens)
-    programs = min(rows, SELECT_PROGRAMS)
-    stride = triton.cdiv(width, 32) * 32
-    scores = torch.empty((0 if unscored else rows, stride), dtype=torch.float32, device=q.device)
-    buffers = torch.empty((2, 0 if unscored else programs, CAPACITY), dtype=torch.int32, device=q.device)  # fmt: skip
+    size = sizes(topk, width, tokens)
+    capacity, unscored = size["CAPACITY"], width <= topk
+    rows, keys = (tokens, width) if unscored else window_sizes(tokens, width, capacity)
+    held = 0 if unscored else rows
+    scores = torch.empty((held, keys), dtype=torch.float32, device=q.device)
+    candidates = torch.empty((held, 2, capacity), dtype=torch.int32, device=q.device)
+    state = torch.empty((held, 2), dtype=torch.int32, device=q.device)
     for first in range(0, tokens, max(rows, 1)):
         end = min(first + rows, tokens)
-        if not unscored:
-            score(scores, first, end, width, topk, False, q, *tensors)
-        indexer_topk_select_kernel[(programs,)](
-            scores, cu_seqlens_q, key_bounds, out, buffers[0], buffers[1], first, end - first,
-            cu_seqlens_q.shape[0] - 1, num_keys, width, stride, topk, STEPS=bisection_steps(cu_seqlens_q),
-            PAGED=score is score_paged, GROUPS=num_groups(topk), BLOCK=SELECT_BLOCK, CAPACITY=CAPACITY,
-            num_warps=SELECT_WARPS,
-        )  # fmt: skip
+        for first_key in range(0, width, keys):
+            window = Window(first, end, first_key, min(first_key + keys, width), width, topk)
+            if not unscored:
+                score(scores, window, q, *tensors)
+            indexer_topk_select_kernel[(end - first,)](
+                scores, cu_seqlens_q, key_bounds, out, candidates, state, first, first_key, window.end_key,
+                cu_seqlens_q.shape[0] - 1, num_keys, width, keys, topk, STEPS=bisection_steps(cu_seqlens_q),
+                PAGED=score is score_paged, **size,
+            )  # fmt: skip
     return out
 
 
