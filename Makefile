@@ -1,5 +1,5 @@
 # make bench   sets up and runs the microbenchmarks on the best device of this machine
-# make test    sets up and runs every test this machine can run
+# make test    sets up, lints and runs every test this machine can run
 # make lint    format, style and type checks
 #
 # TORCH overrides the torch to install; where a suitable one is already importable, `pip install --no-build-isolation .`
@@ -18,7 +18,7 @@ sources := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 bench: install
 	$(bin)/python -m bench $(BENCH_ARGS)
 
-test: install
+test: lint
 	$(bin)/python -m pytest $(TEST_ARGS)
 
 lint: $(VENV)/.lint
@@ -44,7 +44,7 @@ $(VENV)/.installed: $(VENV)/.torch $(sources)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.installed
-	$(bin)/pip install --quiet ruff mypy clang-format
+	$(bin)/pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 	touch $@
 
 clean:

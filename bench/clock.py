@@ -99,14 +99,14 @@ class CudaClock:
     def capture(self, calls: list[Call]) -> list[Call] | None:
         """Replays of one graph per call, or None if the calls cannot be captured."""
         stream = torch.cuda.current_stream(self.device)
-        graph = torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
         try:
             with _sync_is_an_error():  # a cheaper way to find out than a failed capture
                 calls[0]()
             replays: list[Call] = []
             for call in calls:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, pool=pool):
                     call()
                 replays.append(graph.replay)
             for replay in replays:
@@ -115,15 +115,16 @@ class CudaClock:
             return replays
         except Exception:  # whatever a peer does inside a capture: the plain call still works
             torch.cuda.set_stream(stream)
-            self._clean_up_after(graph)
+            self._clean_up(pool)
             return None
 
-    def _clean_up_after(self, graph: torch.cuda.CUDAGraph) -> None:
+    def _clean_up(self, pool: tuple[int, int]) -> None:
         """A capture whose end fails leaves the allocator and the random generator in their capturing state: closes the
-        graph's pool, and makes one more capture, which ends well."""
+        pool, and makes one more capture, which ends well."""
         torch.cuda.synchronize(self.device)
-        with contextlib.suppress(RuntimeError):  # the failure came before or after the capture
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
+        with contextlib.suppress(RuntimeError):  # the failure came before a capture: nothing is open
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             self.flush[:16].zero_()
 

@@ -8,8 +8,7 @@ import torch
 def round_to_nearest_even():
     """Makes float32 to bfloat16 round to nearest even in the interpreter, which truncates.
 
-    No effect on compiled kernels, nor on other conversions. Call it once in a test module of a room with bfloat16
-    outputs.
+    No effect on compiled kernels, nor on other conversions.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return

@@ -2,14 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import round_to_nearest_even
 from tolerance import assert_close
 
 import dsa_kernels
 from dsa_kernels.grouped_gemm import reference
 
 OP = "grouped_gemm"
-round_to_nearest_even()
 DTYPES = [torch.float32, torch.bfloat16]
 # rows, N, K, offsets, dtype: every tile of the Triton table, empty experts, rows of no expert, odd sizes
 CASES = [

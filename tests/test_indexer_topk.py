@@ -1,3 +1,4 @@
+import importlib
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,8 @@ from dsa_kernels.indexer_topk.reference import indexer_topk_paged as reference_p
 from dsa_kernels.topk_select.reference import topk_select as sorted_rows
 
 OP = "indexer_topk"
+triton_windows = importlib.import_module("dsa_kernels.indexer_topk.triton")
+triton_selection = importlib.import_module("dsa_kernels.topk_select.triton")
 EXTREME = st.integers(-(2**31), 2**31 - 1)
 
 
@@ -117,6 +120,26 @@ def test_long_rows(tier):
             indices = select(args, topk, length)
             logits = dsa_kernels.indexer_logits(*args, max_seqlen_k=length)
         assert_selects_own_scores(indices, logits, topk, visible([0, rows], [length], rows, length))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_windows(tier, many, monkeypatch):
+    """Rows and keys in several windows, candidates carried from one to the next; both sizes of Triton's selection."""
+    if tier.name == "triton":
+        for name, value in (("ROWS", 64), ("WORKSPACE_BYTES", 0), ("FEWEST_KEYS", 256)):
+            monkeypatch.setattr(triton_windows, name, value)
+        monkeypatch.setattr(triton_selection, "MANY_ROWS", 1 if many else 1000)
+    cu_q, cu_k, topk = [0, 2, 3], [0, 1300, 1390], 40
+    args = packed(cu_q, cu_k, 4, 64, tier.device)
+    requests = paged([0, 1, 3], [700, 260], 11, 4, 64, tier.device)
+    with tier:
+        indices = select(args, topk, 1300)
+        logits = dsa_kernels.indexer_logits(*args, max_seqlen_k=1300)
+        paged_indices = dsa_kernels.indexer_topk_paged(*requests, topk)
+        paged_logits = dsa_kernels.indexer_logits_paged(*requests)
+    assert_selects_own_scores(indices, logits, topk, visible(cu_q, [1300, 90], 3, 1300))
+    seen = visible([0, 1, 3], [700, 260], 3, 704)
+    assert_selects_own_scores(paged_indices, paged_logits, topk, seen)
 
 
 def test_short_rows_take_all_keys(tier):

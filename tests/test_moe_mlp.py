@@ -3,7 +3,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import round_to_nearest_even
 from tolerance import assert_close
 
 import dsa_kernels
@@ -12,7 +11,6 @@ from dsa_kernels.moe_mlp.reference import moe_mlp as reference
 from dsa_kernels.moe_mlp.reference import moe_mlp_bwd as reference_bwd
 
 OP = "moe_mlp"
-round_to_nearest_even()
 NAMES = ("dx", "dw13", "dw2", "dweights")
 # tokens, hidden, expert width, experts, topk, dtype: every tile of the Triton tables, odd sizes, one of everything
 CASES = [

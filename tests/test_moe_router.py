@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import round_to_nearest_even
 from tolerance import assert_close
 
 import dsa_kernels
@@ -12,7 +11,6 @@ from dsa_kernels.moe_router.reference import moe_router as reference
 from dsa_kernels.moe_router.reference import moe_router_bwd as reference_bwd
 
 OP = "moe_router"
-round_to_nearest_even()
 NAMES = ("weights", "ids", "counts", "prob_sum")
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import round_to_nearest_even
 from tolerance import assert_close
 
 import dsa_kernels
@@ -14,7 +13,6 @@ from dsa_kernels.norm_rope.reference import norm_rope_bwd as reference_bwd
 OP = "norm_rope"
 EPS = 1e-6
 NAMES = ("dq", "dk", "dq_weight", "dk_weight")
-round_to_nearest_even()
 
 
 def make(tokens, heads, kv_heads, dim, dtype=torch.float32, device="cpu", norm=True):

@@ -45,11 +45,14 @@ def with_gradients(function, tensors, dout):
 
 
 def assert_as_good(actual, expected, baseline):
-    """The error of every row against float64 is at most twice the baseline's, plus four ulp of the largest value."""
+    """The error of every row against float64 is at most twice the baseline's largest, plus four ulp of the largest value.
+
+    Not twice that of its own row: a row of torch may be exact by luck.
+    """
     error, allowed = ((x.double() - expected).abs().amax(-1) for x in (actual, baseline))
     floor = 4 * torch.finfo(actual.dtype).eps * expected.abs().max()
     assert not actual.isnan().any()
-    assert (error <= 2 * allowed + floor).all(), (error - 2 * allowed - floor).max()
+    assert (error <= 2 * allowed.max() + floor).all(), error.max() - 2 * allowed.max() - floor
 
 
 def shapes(tier):

@@ -25,8 +25,7 @@ using torch::stable::Tensor;
 
 inline cudaStream_t current_stream(const Tensor& like) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
     return static_cast<cudaStream_t>(stream);
 }
 

@@ -17,8 +17,8 @@ from ..indexer_logits.triton import (
     PAGE_SIZE,
     Window,
     bisection_steps,
-    score_paged,
     score_packed,
+    score_paged,
     visible_keys,
 )
 from ..topk_select.triton import feed_row, finish_row, sizes
@@ -29,31 +29,30 @@ FEWEST_KEYS = 4096  # of a window
 
 
 @triton.jit
-def indexer_topk_select_kernel(scores, cu_seqlens_q, key_bounds, out, candidates, state, first_token, first_key,
-                               end_key, num_sequences, num_keys, width, row_stride, topk, STEPS: tl.constexpr,
-                               PAGED: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
-                               CAPACITY: tl.constexpr):  # fmt: skip
-    """One program a row: feeds the keys [first_key, end_key) to its candidates; state holds their count and bound."""
+def indexer_topk_select_kernel(scores, cu_seqlens_q, key_bounds, out, candidates, counts, bounds, first_token,
+                               first_key, end_key, num_sequences, num_keys, width, row_stride, topk,
+                               STEPS: tl.constexpr, PAGED: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr,
+                               SEARCH: tl.constexpr, CAPACITY: tl.constexpr):  # fmt: skip
+    """One program a row: feeds the keys [first_key, end_key) to its candidates; counts and bounds carry its state."""
     row = tl.program_id(0).to(tl.int64)
     token = first_token + tl.program_id(0)
     keys = candidates + row * (2 * CAPACITY)
     columns = keys + CAPACITY
-    _, n = visible_keys(token, cu_seqlens_q, key_bounds, num_sequences, num_keys, width, STEPS, PAGED)
+    _, n = visible_keys(
+        token, cu_seqlens_q, key_bounds, num_sequences, num_keys, width, STEPS, PAGED
+    )
     count = 0
-    bound = tl.full([], 0, tl.uint32)
+    bound = tl.full([], float("nan"), tl.float32)
+    if (n > topk) & (first_key > 0):
+        count = tl.load(counts + row)
+        bound = tl.load(bounds + row)
     if (n > topk) & (n > first_key):
-        if first_key > 0:
-            count = tl.load(state + 2 * row)
-            bound = tl.load(state + 2 * row + 1).to(tl.uint32, bitcast=True)
         count, bound = feed_row(scores + row * row_stride, first_key, tl.minimum(n, end_key), topk, count, bound, keys,
-                                columns, BLOCK, SEARCH, CAPACITY)  # fmt: skip
-        tl.store(state + 2 * row, count)
-        tl.store(state + 2 * row + 1, bound.to(tl.int32, bitcast=True))
+                                columns, LANES, BITS, SEARCH, CAPACITY)  # fmt: skip
+        tl.store(counts + row, count)
+        tl.store(bounds + row, bound)
     if end_key == width:
-        if (n > topk) & (n <= first_key):
-            count = tl.load(state + 2 * row)
-            bound = tl.load(state + 2 * row + 1).to(tl.uint32, bitcast=True)
-        finish_row(n, topk, count, bound, keys, columns, out + token.to(tl.int64) * topk, BLOCK, SEARCH, CAPACITY)
+        finish_row(n, topk, count, keys, columns, out + token.to(tl.int64) * topk, SEARCH)
 
 
 def window_sizes(tokens, width, capacity):
@@ -76,7 +75,8 @@ def select_keys(score, width, topk, cu_seqlens_q, key_bounds, num_keys, q, *tens
     held = 0 if unscored else rows
     scores = torch.empty((held, keys), dtype=torch.float32, device=q.device)
     candidates = torch.empty((held, 2, capacity), dtype=torch.int32, device=q.device)
-    state = torch.empty((held, 2), dtype=torch.int32, device=q.device)
+    counts = torch.empty(held, dtype=torch.int32, device=q.device)
+    bounds = torch.empty(held, dtype=torch.float32, device=q.device)
     for first in range(0, tokens, max(rows, 1)):
         end = min(first + rows, tokens)
         for first_key in range(0, width, keys):
@@ -84,7 +84,7 @@ def select_keys(score, width, topk, cu_seqlens_q, key_bounds, num_keys, q, *tens
             if not unscored:
                 score(scores, window, q, *tensors)
             indexer_topk_select_kernel[(end - first,)](
-                scores, cu_seqlens_q, key_bounds, out, candidates, state, first, first_key, window.end_key,
+                scores, cu_seqlens_q, key_bounds, out, candidates, counts, bounds, first, first_key, window.end_key,
                 cu_seqlens_q.shape[0] - 1, num_keys, width, keys, topk, STEPS=bisection_steps(cu_seqlens_q),
                 PAGED=score is score_paged, **size,
             )  # fmt: skip

@@ -146,7 +146,8 @@ def token_slots(
     batch, limit = a["B"], a["M"] * PAGE_SIZE
     if batch == 0 or limit == 0:
         return torch.full_like(token, -1, dtype=torch.int64)
-    b = torch.searchsorted(cu_seqlens_q[1:], token, right=True).clamp(max=batch - 1)
+    # In the whole array: torch.compile (2.11, 2.13) searches a slice of it from the array's start.
+    b = (torch.searchsorted(cu_seqlens_q, token, right=True) - 1).clamp(0, batch - 1)
     start, stop, token = cu_seqlens_q[b].long(), cu_seqlens_q[b + 1].long(), token.long()
     position = lengths[b].long() - (stop - token)
     inside = (start <= token) & (token < stop) & (position >= 0) & (position < limit)

@@ -1,9 +1,10 @@
 """sparse_attention forward in Triton: 16 query tokens x 8 heads share every K and V row they need.
 
 Union kernel: one program per (tile of 16 tokens, KV head). The 128 rows (token, head) of q stay in shared memory; the
-loop walks the tile's ascending key list (triton_union.py), BLOCK_N keys a step: gathered K rows, S = q K^T, bit t of
-the key's mask decides row by row, online softmax in base 2, P V. K and V rows are prefetched NUM_STAGES deep, the list
-one stage further. Neighbouring tiles of one KV head run together, so the rows that they share come from L2. Issued
+loop walks the tile's ascending key list (triton_union.py), BLOCK_N keys a step: gathered K rows, S = q K^T, online
+softmax in base 2, P V. Which tokens select a key (16 bits of a mask) enters S on the tensor cores: S starts as the
+product of a 0/1 matrix [rows, 16] with a matrix [16, keys] of 0 and -3e38, which costs less than a test of every score
+and 16 registers of masks. K and V rows are prefetched NUM_STAGES deep, the list one stage further. Neighbouring tiles of one KV head run together, so the rows that they share come from L2. Issued
 multiply-adds are rho times the useful ones (rho = distinct keys / K), bytes rho / 16 of those of a gather by token.
 
 Gather kernel: serves the tiles whose list overflowed, GATHER_TOKENS tokens a program, one KV head after another over
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import interpreting
-from .triton_union import BLOCK_T, can_overflow, load_tile, union_chunks
+from .triton_union import BLOCK_T, TILE_FIELDS, can_overflow, load_tile, union_chunks
 
 BLOCK_N = 64
 NUM_WARPS = 8
@@ -28,6 +29,7 @@ GATHER_WARPS = 4
 GATHER_STAGES = 2
 FORCE_GATHER = False  # benchmarks: the plain gather by token, whatever the overlap
 
+PENALTY = tl.constexpr(-3e38)  # of a key that a token does not select
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(interpreting())
@@ -54,11 +56,11 @@ def tile_rows(first, tokens, kv_head, group, BLOCK_T: tl.constexpr, HEADS: tl.co
 
 
 @triton.jit
-def softmax_step(scores, chosen, top, total, scale_log2):
-    """One step of the online softmax: weights, the factor for what was summed before, maximum (unscaled), total."""
-    scores = tl.where(chosen, scores, float("-inf"))
+def softmax_step(scores, top, total, scale_log2):
+    """One step of the online softmax: weights, the factor for what was summed before, maximum (unscaled), total.
+    Scores below PENALTY / 3 are those of keys not selected."""
     new_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top * scale_log2)
+    base = tl.where(new_top < PENALTY / 3, 0.0, new_top * scale_log2)
     weights = tl.exp2(scores * scale_log2 - base[:, None])
     factor = tl.exp2(top * scale_log2 - base)
     return weights, factor, new_top, total * factor + tl.sum(weights, 1)
@@ -86,8 +88,9 @@ def sparse_attention_fwd_kernel(q, k, v, out, lse, tiles, keys, masks, counts, s
     if (count > capacity) | (tokens == 0):
         return
     t, token, head, inside, g = tile_rows(first, tokens, tl.program_id(1), group, BLOCK_T, HEADS)
-    bit = 1 << t
     d = tl.arange(0, D)
+    bits = tl.arange(0, BLOCK_T)
+    token_of_row = tl.where(t[:, None] == bits[None, :], 1.0, 0.0).to(q.dtype.element_ty)
     queries = tl.load(q + (token * stride_qt + head * stride_qh)[:, None] + d[None, :], mask=inside[:, None], other=0.0)  # fmt: skip
     k += first_key.to(tl.int64) * stride_kl + g * stride_kg
     v += first_key.to(tl.int64) * stride_vl + g * stride_vg
@@ -105,10 +108,15 @@ def sparse_attention_fwd_kernel(q, k, v, out, lse, tiles, keys, masks, counts, s
             key = key.to(tl.int64)
         k_rows = tl.load(k + (key * stride_kl)[:, None] + d[None, :])
         v_rows = tl.load(v + (key * stride_vl)[:, None] + d[None, :])
-        scores = mma(queries, tl.trans(k_rows), None, PRECISION)
-        chosen = (mask[None, :] & bit[:, None]) != 0
-        weights, factor, top, total = softmax_step(scores, chosen, top, total, scale_log2)
+        selected = ((mask[:, None] >> bits[None, :]) & 1) != 0
+        penalty = tl.where(selected, 0.0, PENALTY).to(k_rows.dtype)
+        scores = mma(token_of_row, tl.trans(penalty), None, PRECISION)
+        scores = mma(queries, tl.trans(k_rows), scores, PRECISION)
+        weights, factor, top, total = softmax_step(scores, top, total, scale_log2)
         sums = mma(weights.to(v_rows.dtype), v_rows, sums * factor[:, None], PRECISION)
+    # The row addresses anew, from a fresh load: kept across the loop they would take registers that it needs.
+    first = tl.load(tiles + tile.to(tl.int64) * TILE_FIELDS, volatile=True)
+    t, token, head, inside, g = tile_rows(first, tokens, tl.program_id(1), group, BLOCK_T, HEADS)
     store_rows(out, lse, token, head, inside, num_heads, sums, top, total, scale_log2, D)
 
 
@@ -143,7 +151,8 @@ def sparse_attention_gather_fwd_kernel(q, k, v, out, lse, indices, tiles, counts
             k_rows = tl.load(k_head + (key * stride_kl)[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # fmt: skip
             v_rows = tl.load(v_head + (key * stride_vl)[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # fmt: skip
             scores = mma(queries, tl.trans(k_rows), None, PRECISION)
-            weights, factor, top, total = softmax_step(scores, valid[None, :], top, total, scale_log2)  # fmt: skip
+            scores = tl.where(valid[None, :], scores, PENALTY)
+            weights, factor, top, total = softmax_step(scores, top, total, scale_log2)
             sums = mma(weights.to(v_rows.dtype), v_rows, sums * factor[:, None], PRECISION)
         store_rows(out, lse, token, head, inside, num_heads, sums, top, total, scale_log2, D)
 
