@@ -5,7 +5,8 @@ case, work), and how fast (median, limit, peak memory, every peer's median of th
 those in the README and the plots are all made from such lines.
 
     python -m bench.report bench/results/h200.jsonl                     prints the Markdown tables
-    python -m bench.report bench/results/h200.jsonl --write README.md   between <!-- bench:h200 --> and <!-- /bench -->
+    python -m bench.report bench/results/h200.jsonl --write README.md   between <!-- bench:h200 --> and <!-- /bench -->;
+                                                                        <!-- bench:h200 op op --> holds those ops only
     python -m bench.report bench/results/h200.jsonl --plot DIR          PNG plots
 
 Of several lines of one op and case the last counts.
@@ -211,14 +212,17 @@ def _sources(lines: list[Line]) -> list[str]:
     return sentences
 
 
-def replace_between_markers(text: str, name: str, content: str) -> str:
-    """`text` with what stands between `<!-- bench:name -->` and the next `<!-- /bench -->` replaced."""
-    start, end = f"<!-- bench:{name} -->", "<!-- /bench -->"
-    before, found, rest = text.partition(start)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"the file holds no {start} ... {end}")
-    return f"{before}{start}\n\n{content.strip()}\n\n{end}{after}"
+def replace_between_markers(text: str, name: str, lines: list[Line]) -> str:
+    """`text` with what stands between `<!-- bench:name [op ...] -->` and the next `<!-- /bench -->` replaced by the tables
+    of those ops, of all without any."""
+    pattern = rf"<!-- bench:{re.escape(name)}((?: \w+)*) -->.*?<!-- /bench -->"
+    found = re.search(pattern, text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"the file holds no <!-- bench:{name} --> ... <!-- /bench -->")
+    ops = found[1].split()
+    tables = markdown([entry for entry in lines if not ops or entry["op"] in ops])
+    start = f"<!-- bench:{name}{found[1]} -->"
+    return f"{text[: found.start()]}{start}\n\n{tables.strip()}\n\n<!-- /bench -->{text[found.end() :]}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -234,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in plot(lines, args.plot):
             print(path)
     if args.write:
-        text = replace_between_markers(args.write.read_text(), args.file.stem, markdown(lines))
+        text = replace_between_markers(args.write.read_text(), args.file.stem, lines)
         args.write.write_text(text)
     elif not args.plot:
         sys.stdout.write(markdown(lines))

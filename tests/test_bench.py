@@ -243,7 +243,14 @@ def test_write_replaces_the_marked_section_only(tmp_path):
     assert report.main([str(file), "--write", str(readme)]) == 0
     assert readme.read_text() == expected
     with pytest.raises(ValueError, match="bench:h100"):
-        report.replace_between_markers(expected, "h100", "")
+        report.replace_between_markers(expected, "h100", [])
+
+
+def test_a_marker_can_name_its_ops():
+    text = "a <!-- bench:h200 next -->old<!-- /bench --> b"
+    text = report.replace_between_markers(text, "h200", [kept(), kept(op="next")])
+    assert text.startswith("a <!-- bench:h200 next -->\n\n**`next`**") and "`double`" not in text
+    assert text.endswith("<!-- /bench --> b")
 
 
 def test_plot_holds_every_series_and_timed_peer(tmp_path):

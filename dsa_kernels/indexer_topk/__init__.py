@@ -48,7 +48,7 @@ def indexer_topk(
 
     Exact for any input; bitwise deterministic, whatever the batch around a row; no host sync; CUDA-graph safe; T = 0
     gives an empty and L = 0 an all -1 result; allocates the result, on the CPU O(K) a row in flight, in Triton at most
-    64 MB of workspace (for max_seqlen_k up to 15 million).
+    64 MB of workspace.
     """
     return _op(q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, topk, max_seqlen_k)
 

@@ -34,7 +34,7 @@ def topk_select(
         ValueError: an argument of the wrong dtype, shape, stride or device, or topk < 1.
 
     Exact for any input; bitwise deterministic; no host sync; CUDA-graph safe; R = 0 or L = 0 give an empty or
-    all -1 result; allocates the result, and in Triton at most 35 MB of workspace.
+    all -1 result; allocates the result, and in Triton at most 51 MB of workspace.
     """
     return _op(scores, topk, starts, lengths)
 

@@ -1,7 +1,7 @@
 """topk_select in Triton: a program streams over its row and keeps candidates, as the C++ does.
 
-A candidate is a score that exceeds a bound, with its column, appended in position order to the row's buffer. LANES x 32
-(or x 8) scores a step: the passing ones of a lane become the bits of a word, a scan of the words' counts gives every
+A candidate is a score that exceeds a bound, with its column, appended in position order to the row's buffer. LANES x BITS
+scores a step: the passing ones of a lane become the bits of a word, a scan of the words' counts gives every
 lane its places, and a loop as long as the fullest word takes the bits out one by one. Few scores pass, so a step costs a
 comparison a score and a short loop.
 
@@ -13,7 +13,7 @@ without slack: what stays is the set.
 
 For scores in random order the bound rises after every doubling of what was read, 5 times a row of 131072; scores in
 ascending order make it rise every topk columns. Every step is a count, a scan or a comparison of integers: the same bits
-on every run. The row is read once. Many rows: one warp each, so that no step waits at a barrier; few rows: eight.
+on every run. The row is read once. Many rows: four warps each, so that eight rows share an SM; few rows: eight warps.
 """
 
 import torch
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 WORKSPACE_BYTES = 48 << 20
-MANY_ROWS = 512
+MANY_ROWS = 264
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def topk_select_kernel(scores, starts, lengths, out, candidates, rows, width, ro
 
 def sizes(topk: int, width: int, rows: int) -> dict[str, int]:
     """Compile-time sizes and warps: room for the candidates that stay, nearly as many again and a step."""
-    lanes, bits, search, warps = (32, 32, 1024, 1) if rows >= MANY_ROWS else (256, 8, 2048, 8)
+    lanes, bits, search, warps = (128, 16, 1024, 4) if rows >= MANY_ROWS else (256, 8, 2048, 8)
     capacity = triton.cdiv(2 * min(topk, width), 1024) * 1024 + lanes * bits
     return {"LANES": lanes, "BITS": bits, "SEARCH": search, "CAPACITY": capacity, "num_warps": warps}  # fmt: skip
 
