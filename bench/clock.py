@@ -122,7 +122,9 @@ class CudaClock:
         """A capture whose end fails leaves the allocator and the random generator in their capturing state: closes the
         pool, and makes one more capture, which ends well."""
         torch.cuda.synchronize(self.device)
-        with contextlib.suppress(RuntimeError):  # the failure came before a capture: nothing is open
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the failure came before a capture: nothing is open
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
