@@ -79,7 +79,7 @@ class KeyeConfig:
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
-    eos_token_id: int | list[int] = 151645
+    eos_token_id: int | list[int] | None = 151645
     vision: VisionConfig | None = field(default_factory=VisionConfig)
     indexer: IndexerConfig | None = field(default_factory=IndexerConfig)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -93,6 +93,8 @@ class KeyeConfig:
         if "rope_theta" in rope:
             values.setdefault("rope_theta", rope["rope_theta"])
         values.setdefault("rope_scaling", None)
+        if "num_local_experts" in values:  # transformers 5
+            values.setdefault("num_experts", values.pop("num_local_experts"))
         config = _from_dict(cls, values)
         config.vision = None if vision is None else _from_dict(VisionConfig, vision)
         config.indexer = None if indexer is None else _from_dict(IndexerConfig, indexer)
@@ -147,7 +149,7 @@ class KeyeConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         ids = self.eos_token_id
-        return (ids,) if isinstance(ids, int) else tuple(ids)
+        return (ids,) if isinstance(ids, int) else tuple(ids or ())
 
 
 def _from_dict(cls: type, values: dict[str, Any]) -> Any:

@@ -1,0 +1,68 @@
+"""Rotary tables: M-RoPE of the decoder and its indexer, 2D RoPE of the ViT.
+
+A table is cos, sin [T, D/2] float32 for halves that rotate (NeoX): what `norm_rope` and `indexer_prepare` take. Angles are
+computed in float32, the published inference code keeps them in bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Table = tuple[Tensor, Tensor]
+
+
+def inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-2i / dim) for i in [0, dim / 2), float32."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    return 1.0 / theta**exponents
+
+
+def mrope_table(
+    positions: Tensor,
+    dim: int,
+    theta: float,
+    section: tuple[int, ...],
+    *,
+    interleaved: bool = False,
+) -> Table:
+    """cos, sin [T, dim / 2] of tokens at (t, h, w) positions.
+
+    Args:
+        positions: [3, T] int64; text has the same number on the three axes.
+        dim: rotated dims of a head.
+        theta: base of the frequencies.
+        section: how many of the dim / 2 frequencies turn with t, h and w, in this order (Qwen2-VL); () for RoPE on t.
+        interleaved: frequencies go t, h, w, t, h, w, ... as far as the sections reach, the rest with t (Qwen3-VL).
+    """
+    frequencies = inverse_frequencies(dim, theta, positions.device)
+    if not section:
+        angles = positions[0, :, None] * frequencies
+        return angles.cos(), angles.sin()
+    axis = torch.zeros(dim // 2, dtype=torch.int64)
+    if interleaved:
+        for k in (1, 2):
+            axis[k : 3 * section[k] : 3] = k
+    else:
+        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+    angles = positions.T[:, axis.to(positions.device)] * frequencies  # [T, dim / 2]
+    return angles.cos(), angles.sin()
+
+
+def scaled_section(section: tuple[int, ...], head_dim: int, dim: int) -> tuple[int, ...]:
+    """The sections of the indexer, whose heads have `dim` instead of `head_dim` dims: [16, 24, 24] -> [8, 12, 12]."""
+    return tuple(n * dim // head_dim for n in section)
+
+
+def grid_table(grids: list[tuple[int, int, int]], dim: int, theta: float, device: torch.device) -> Table:  # fmt: skip
+    """cos, sin [N, dim / 2] of the patches of images in raster order (t, h, w): half of the frequencies turn with the
+    row, half with the column."""
+    frequencies = inverse_frequencies(dim // 2, theta, device)
+    tables = []
+    for t, h, w in grids:
+        rows = torch.arange(h, device=device)[:, None, None] * frequencies  # [h, 1, dim / 4]
+        columns = torch.arange(w, device=device)[None, :, None] * frequencies
+        angles = torch.cat([rows.expand(h, w, -1), columns.expand(h, w, -1)], -1)
+        tables.append(angles.flatten(0, 1).repeat(t, 1))
+    angles = torch.cat(tables)
+    return angles.cos(), angles.sin()
