@@ -75,13 +75,9 @@ class KeyeVL(nn.Module):
         x = self.decoder.embed(input_ids)
         if pixel_values is None or not grids:
             return x
-        return self.place(x, input_ids, self.encode(pixel_values, grids))
-
-    def place(self, x: Tensor, input_ids: Tensor, features: Tensor) -> Tensor:
-        """Puts feature i at the i-th placeholder of x."""
         config = self.config
         slots = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
-        return x.masked_scatter(slots[:, None], features.to(x.dtype))
+        return x.masked_scatter(slots[:, None], self.encode(pixel_values, grids).to(x.dtype))
 
     def encode(self, pixel_values: Tensor, grids: list[Grid], *, chunk: int | None = None) -> Tensor:  # fmt: skip
         """Vision tokens [N / 4, hidden]; at most `chunk` patches at a time, one image or frame at least.
@@ -121,11 +117,14 @@ class KeyeVL(nn.Module):
             index_table = mrope_table(position_ids, dim, section=section, **how)
         return Step(table, index_table, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, paging, dense, index_loss)  # fmt: skip
 
-    def decode(self, input_ids: Tensor, step: Step, caches: list[LayerCache], features: Tensor | None = None) -> Tensor:  # fmt: skip
-        """Hidden states [T, hidden] of new tokens whose past lies in the caches; writes theirs to it."""
+    def decode(self, input_ids: Tensor, step: Step, caches: list[LayerCache], features: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
+        """Hidden states [T, hidden] of new tokens whose past lies in the caches; writes theirs to it.
+
+        features: rows [M] int64 of the batch that are vision tokens, and these [M, hidden].
+        """
         x = self.decoder.embed(input_ids)
         if features is not None:
-            x = self.place(x, input_ids, features)
+            x = x.index_copy(0, features[0], features[1].to(x.dtype))
         return self.decoder(x, step, caches)[0]
 
     def head(self, hidden: Tensor) -> Tensor:

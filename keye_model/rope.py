@@ -39,13 +39,13 @@ def mrope_table(
     if not section:
         angles = positions[0, :, None] * frequencies
         return angles.cos(), angles.sin()
-    axis = torch.zeros(dim // 2, dtype=torch.int64)
+    i = torch.arange(dim // 2, device=positions.device)
     if interleaved:
-        for k in (1, 2):
-            axis[k : 3 * section[k] : 3] = k
+        axis = torch.where(i < 3 * section[1], i % 3 == 1, False).long()
+        axis += 2 * torch.where(i < 3 * section[2], i % 3 == 2, False).long()
     else:
-        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(section))
-    angles = positions.T[:, axis.to(positions.device)] * frequencies  # [T, dim / 2]
+        axis = (i >= section[0]).long() + (i >= section[0] + section[1]).long()
+    angles = positions.T[:, axis] * frequencies  # [T, dim / 2]
     return angles.cos(), angles.sin()
 
 
