@@ -19,23 +19,28 @@ class Balance(NamedTuple):
     prob_sum: Tensor
 
 
+class Experts(nn.Module):
+    """The experts' weights: w13 [E, 2F, hidden], F gate rows then F up rows; w2 [E, hidden, F]."""
+
+    def __init__(self, experts: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.w2 = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """The weighted sum of each token's experts; parallel.py has the form for experts on several ranks."""
+        return dsa_kernels.moe_mlp(x, self.w13, self.w2, weights, ids)
+
+
 class MoE(nn.Module):
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
-        experts, width = config.num_experts, config.moe_intermediate_size
         self.topk, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
-        self.router = nn.Linear(config.hidden_size, experts, bias=False)
-        self.w13 = nn.Parameter(
-            torch.empty(experts, 2 * width, config.hidden_size)
-        )  # gate rows, up rows
-        self.w2 = nn.Parameter(torch.empty(experts, config.hidden_size, width))
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Balance]:
         weights, ids, counts, prob_sum = dsa_kernels.moe_router(
             self.router(x), self.topk, normalize=self.normalize
         )
         return self.experts(x, weights, ids), Balance(counts, prob_sum)
-
-    def experts(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """The weighted sum of each token's experts; parallel.py replaces it where experts lie on several ranks."""
-        return dsa_kernels.moe_mlp(x, self.w13, self.w2, weights, ids)

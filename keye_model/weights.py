@@ -64,8 +64,8 @@ def decoder_layer(layer: nn.Module) -> Views:
         "self_attn.q_norm.weight": attention.q_norm,
         "self_attn.k_norm.weight": attention.k_norm,
         "mlp.gate.weight": mlp.router.weight,
-        "mlp.experts.gate_up_proj": mlp.w13.transpose(1, 2),  # [E, in, out]
-        "mlp.experts.down_proj": mlp.w2.transpose(1, 2),
+        "mlp.experts.gate_up_proj": mlp.experts.w13.transpose(1, 2),  # [E, in, out]
+        "mlp.experts.down_proj": mlp.experts.w2.transpose(1, 2),
     }
     if (indexer := attention.indexer) is not None:
         queries, gates, key = indexer.splits

@@ -53,7 +53,9 @@ def assert_follows(model, prompt, completion):
 def test_prefill_and_decode_equal_one_pass(device, prefill_tokens, prompt):
     """Long prompts see more keys than k = 32; chunks of 33 tokens cut vision tokens apart and leave odd rests."""
     model = tiny.model(device)
-    prompt = {"short": text_prompt(9), "long": text_prompt(150), "picture": picture_prompt()}[prompt]
+    prompt = {"short": text_prompt(9), "long": text_prompt(150), "picture": picture_prompt()}[
+        prompt
+    ]
     engine = Engine(model, 8, prefill_tokens=prefill_tokens)
     ((completion,),) = engine.generate([prompt], SamplingParams(max_new_tokens=12, ignore_eos=True))
     assert len(completion.tokens) == 12 and completion.finish == "length"
@@ -65,7 +67,9 @@ def test_prefill_and_decode_equal_one_pass(device, prefill_tokens, prompt):
 def test_the_batch_does_not_matter(device):
     """Mixed lengths, prompts that arrive while others decode, shuffled pages, alone or together: the same tokens."""
     model = tiny.model(device)
-    prompts = [text_prompt(n, i) for i, n in enumerate([5, 90, 33, 200, 64, 1])] + [picture_prompt()]
+    prompts = [text_prompt(n, i) for i, n in enumerate([5, 90, 33, 200, 64, 1])] + [
+        picture_prompt()
+    ]
     params = [SamplingParams(max_new_tokens=4 + 3 * i, temperature=0.8 * (i % 2), seed=i, ignore_eos=True) for i in range(7)]  # fmt: skip
     together = Engine(model, 40, prefill_tokens=48)
     together.cache.free = torch.randperm(40).tolist()
