@@ -92,7 +92,7 @@ def test_chunks_of_frames():
     frames = [(1, 2, 2)] * 5 + [(1, 10, 10)]
     assert in_chunks(frames, None) == [frames]
     assert [len(part) for part in in_chunks(frames, 8)] == [2, 2, 1, 1]
-    assert sum(in_chunks(frames, 1), []) == frames
+    assert in_chunks(frames, 1) == [[frame] for frame in frames]
 
 
 @pytest.mark.parametrize("device", DEVICES)
