@@ -70,7 +70,8 @@ def indexer_prepare(
 
     Exactness: scales and codes are exact functions of y. Two implementations sum the norms in different orders, so in
     bfloat16 an element of a step may be rounded the other way (0.05% of the vectors, C++ against PyTorch), which moves y
-    by at most 2^-6 |y|_2 and most of its codes by at most one. Bitwise deterministic; no host sync; CUDA-graph safe; T = 0
+    by at most 2^-6 |y|_2 and most of its codes by at most one; so does Triton for strides that are multiples of 16 and
+    others. Bitwise deterministic; no host sync; CUDA-graph safe; T = 0
     gives empty results; allocates the results alone.
     """
     flat = (q, k, gate, norms.q_weight, norms.k_weight, norms.k_bias, cos, sin, norms.eps)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..indexer_logits.triton import (
+    BLOCK_Q,
     KEY_STEP,
     PAGE_SIZE,
     Window,
@@ -24,7 +25,7 @@ from ..indexer_logits.triton import (
 from ..topk_select.triton import feed_row, finish_row, sizes
 
 WORKSPACE_BYTES = 60 << 20
-ROWS = 1024  # selecting at the same time; whole tiles of the score kernel
+ROWS = 512  # selecting at the same time; whole tiles of the score kernel
 FEWEST_KEYS = 4096  # of a window
 
 
@@ -56,11 +57,19 @@ def indexer_topk_select_kernel(scores, cu_seqlens_q, key_bounds, out, candidates
 
 
 def window_sizes(tokens, width, capacity):
-    """Rows and keys of a window: as many rows as select at the same time, as many of their keys as the rest holds."""
+    """Rows and keys of a window: as many rows as select at the same time, as many of their keys as the rest holds; the
+    windows of a call equal, up to whole tiles of the score kernel."""
     row_bytes = 8 * capacity
-    rows = max(min(tokens, ROWS, WORKSPACE_BYTES // (row_bytes + 4 * FEWEST_KEYS)), 1)
-    keys = max((WORKSPACE_BYTES // rows - row_bytes) // 4, FEWEST_KEYS)
-    return rows, min(keys // KEY_STEP, triton.cdiv(width, KEY_STEP)) * KEY_STEP
+    most_rows = max(min(ROWS, WORKSPACE_BYTES // (row_bytes + 4 * FEWEST_KEYS)), 1)
+    rows = min(equal_parts(tokens, most_rows, BLOCK_Q if most_rows >= BLOCK_Q else 1), tokens)
+    most_keys = max((WORKSPACE_BYTES // rows - row_bytes) // 4, FEWEST_KEYS)
+    return rows, equal_parts(width, most_keys // KEY_STEP * KEY_STEP, KEY_STEP)
+
+
+def equal_parts(total, most, step):
+    """The size of the fewest equal parts of at most `most`, in whole steps; `most` is a multiple of step or less."""
+    parts = triton.cdiv(total, most)
+    return min(triton.cdiv(triton.cdiv(total, parts), step) * step, max(most, step))
 
 
 def select_keys(score, width, topk, cu_seqlens_q, key_bounds, num_keys, q, *tensors):
@@ -71,7 +80,9 @@ def select_keys(score, width, topk, cu_seqlens_q, key_bounds, num_keys, q, *tens
     out = torch.empty((tokens, topk), dtype=torch.int32, device=q.device)
     size = sizes(topk, width, tokens)
     capacity, unscored = size["CAPACITY"], width <= topk
-    rows, keys = (tokens, width) if unscored else window_sizes(tokens, width, capacity)
+    rows, keys = (
+        (tokens, width) if unscored or not tokens else window_sizes(tokens, width, capacity)
+    )
     held = 0 if unscored else rows
     scores = torch.empty((held, keys), dtype=torch.float32, device=q.device)
     candidates = torch.empty((held, 2, capacity), dtype=torch.int32, device=q.device)
