@@ -5,8 +5,8 @@
 // tile of `tokens` tokens has tokens * group rows.
 #pragma once
 
-#include "common/cpu.h"
 #include "common/attention_tile.h"
+#include "common/cpu.h"
 
 namespace dsa::DSA_ISA {
 
