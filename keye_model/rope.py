@@ -1,4 +1,4 @@
-"""Rotary tables: M-RoPE of the decoder and its indexer, 2D RoPE of the ViT.
+"""Positions and rotary tables: M-RoPE of the decoder and its indexer, 2D RoPE of the ViT.
 
 A table is cos, sin [T, D/2] float32 for halves that rotate (NeoX): what `norm_rope` and `indexer_prepare` take. Angles are
 computed in float32, the published inference code keeps them in bfloat16.
@@ -9,7 +9,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .config import KeyeConfig
+
 Table = tuple[Tensor, Tensor]
+
+
+def mrope_positions(input_ids: Tensor, grids: list[tuple[int, int, int]], config: KeyeConfig) -> Tensor:  # fmt: skip
+    """Positions [3, T] int64 of a prompt's tokens on the axes t, h and w.
+
+    Text counts on, the same on the three axes. A picture or frame whose first token would be number n has t = n, and
+    h = n + row, w = n + column on its grid of tokens; the text after it goes on past the largest of them. Time is in the
+    timestamps' text alone.
+
+    Args:
+        input_ids: [T] int64, each picture's and frame's placeholders in one run.
+        grids: (1, h, w) in patches of each, in their order.
+
+    Raises:
+        ValueError: the placeholders are not those of the grids.
+    """
+    is_vision = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
+    slots = is_vision.nonzero()[:, 0]
+    merge = 1 if config.vision is None else config.vision.spatial_merge_size
+    sizes = [(h // merge, w // merge) for t, h, w in grids for _ in range(t)]
+    needed = sum(h * w for h, w in sizes)
+    if len(slots) != needed:
+        raise ValueError(f"{len(slots)} vision placeholders, but pictures and frames of {needed} tokens")  # fmt: skip
+    positions = torch.empty(3, len(input_ids), dtype=torch.int64)
+    done = number = used = 0
+    for h, w in sizes:
+        start, stop = int(slots[used]), int(slots[used + h * w - 1]) + 1
+        if stop - start != h * w:
+            raise ValueError(f"the placeholders at {start} are interrupted: a grid of {h} x {w} tokens")  # fmt: skip
+        positions[:, done:start] = torch.arange(number, number + start - done)
+        number += start - done
+        rows, columns = torch.arange(h)[:, None].expand(h, w), torch.arange(w).expand(h, w)
+        positions[0, start:stop] = number
+        positions[1, start:stop] = number + rows.flatten()
+        positions[2, start:stop] = number + columns.flatten()
+        number += max(h, w)
+        done, used = stop, used + h * w
+    positions[:, done:] = torch.arange(number, number + len(input_ids) - done)
+    return positions
 
 
 def inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
