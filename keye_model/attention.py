@@ -63,12 +63,22 @@ class Step:
     index_loss: bool = False
 
 
-class LayerCache(NamedTuple):
+@dataclass(frozen=True)
+class LayerCache:
     """The pages of one layer: k, v [pages, 64, G, D]; index [pages, 64 * (Di + 4)] uint8, None without an indexer."""
 
     k: Tensor
     v: Tensor
     index: Tensor | None
+
+
+class IndexInputs(NamedTuple):
+    """What the scores are made of: queries [T, Hi, Di] and key [T, Di] in e4m3, head weights [T, Hi], key scale [T]."""
+
+    q: Tensor
+    weights: Tensor
+    k: Tensor
+    k_scale: Tensor
 
 
 class Indexer(nn.Module):
@@ -87,11 +97,11 @@ class Indexer(nn.Module):
         q, gate, k = self.proj(x).split(self.splits, -1)
         return q.unflatten(-1, (self.heads, self.dim)), gate, k
 
-    def prepare(self, x: Tensor, table: Table, **cache: Tensor) -> tuple[Tensor, ...]:
-        """FP8 queries, head weights, FP8 key and its scale; writes the key to the cache if there is one."""
+    def prepare(self, x: Tensor, table: Table, **cache: Tensor) -> IndexInputs:
+        """Inputs of the scores; the key is also written to the cache if there is one."""
         q, gate, k = self.project(x)
         norms = IndexerNorms(self.q_norm, self.k_norm.weight, self.k_norm.bias, self.k_norm.eps)
-        return dsa_kernels.indexer_prepare(q, k, gate, norms, *table, **cache)
+        return IndexInputs(*dsa_kernels.indexer_prepare(q, k, gate, norms, *table, **cache))
 
     def loss(
         self, x: Tensor, step: Step, target: AttentionTarget, indices: Tensor | None
@@ -145,7 +155,8 @@ class Attention(nn.Module):
         if self.selects(step):
             assert self.indexer is not None and step.index_table is not None
             with torch.no_grad():
-                indices = self.select(self.indexer.prepare(x, step.index_table), step, *lengths)
+                inputs = self.indexer.prepare(x, step.index_table)
+                indices = self.select(inputs, *lengths, step.max_seqlen_k)
             out, lse = dsa_kernels.sparse_attention(q, k, v, indices, *lengths)
         else:
             out, lse = dsa_kernels.varlen_attention(q, k, v, *lengths)
@@ -154,38 +165,45 @@ class Attention(nn.Module):
         target = AttentionTarget(q.detach(), k.detach(), lse.detach(), self.dim**-0.5)
         return out, self.indexer.loss(x, step, target, indices)
 
-    def select(self, prepared: tuple[Tensor, ...], step: Step, *lengths: Tensor) -> Tensor:
+    def select(self, inputs: IndexInputs, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int) -> Tensor:  # fmt: skip
+        """The k best visible keys of every token [T, k]."""
         assert self.indexer is not None
-        return dsa_kernels.indexer_topk(*prepared, *lengths, self.indexer.topk, max_seqlen_k=step.max_seqlen_k)  # fmt: skip
+        return dsa_kernels.indexer_topk(
+            inputs.q, inputs.weights, inputs.k, inputs.k_scale, cu_seqlens_q, cu_seqlens_k, self.indexer.topk,
+            max_seqlen_k=max_seqlen_k,
+        )  # fmt: skip
 
     def paged(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, step: Step, paging: Paging, cache: LayerCache) -> Tensor:  # fmt: skip
         """Writes the new keys, then attends: decodes in place, prefills over their gathered context."""
         dsa_kernels.write_kv_cache(k, v, cache.k, cache.v, paging.slots)
-        prepared: tuple[Tensor, ...] = ()
+        inputs = None
         if self.indexer is not None:
             assert step.index_table is not None and cache.index is not None
             pages = {"index_cache": cache.index, "slots": paging.slots}
-            prepared = self.indexer.prepare(x, step.index_table, **pages)
+            inputs = self.indexer.prepare(x, step.index_table, **pages)
         n = paging.num_decodes
         parts = []
         if n:
-            parts.append(self.decode(q[:n], [p[:n] for p in prepared[:2]], step, paging, cache))
+            parts.append(self.decode(q[:n], inputs, step, paging, cache))
         if q.shape[0] > n:
-            parts.append(self.prefill(q[n:], k[n:], v[n:], [p[n:] for p in prepared], step, paging, cache))  # fmt: skip
+            rest = None if inputs is None else IndexInputs(*(part[n:] for part in inputs))
+            parts.append(self.prefill(q[n:], k[n:], v[n:], rest, step, paging, cache))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def decode(self, q: Tensor, prepared: list[Tensor], step: Step, paging: Paging, cache: LayerCache) -> Tensor:  # fmt: skip
+    def decode(self, q: Tensor, inputs: IndexInputs | None, step: Step, paging: Paging, cache: LayerCache) -> Tensor:  # fmt: skip
         n = paging.num_decodes
         requests = (paging.page_table[:n], paging.lengths[:n], step.cu_seqlens_q[: n + 1])
         if self.selects(step):
-            assert self.indexer is not None and cache.index is not None
-            indices = dsa_kernels.indexer_topk_paged(*prepared, cache.index, *requests, self.indexer.topk)  # fmt: skip
+            assert self.indexer is not None and inputs is not None and cache.index is not None
+            indices = dsa_kernels.indexer_topk_paged(
+                inputs.q[:n], inputs.weights[:n], cache.index, *requests, self.indexer.topk
+            )
         else:  # every key; those past a request's length count as empty
             every = torch.arange(step.max_seqlen_k, dtype=torch.int32, device=q.device)
             indices = every.expand(n, -1)
         return dsa_kernels.sparse_decode(q, cache.k, cache.v, indices, *requests)[0]
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, prepared: list[Tensor], step: Step, paging: Paging, cache: LayerCache) -> Tensor:  # fmt: skip
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, inputs: IndexInputs | None, step: Step, paging: Paging, cache: LayerCache) -> Tensor:  # fmt: skip
         n = paging.num_decodes
         cu_q, cu_k = step.cu_seqlens_q[n:] - n, step.cu_seqlens_k
         past = (paging.page_table[n:], cu_k, paging.prefill_keys)
@@ -193,8 +211,10 @@ class Attention(nn.Module):
             k, v = dsa_kernels.read_kv_cache(cache.k, cache.v, *past)
         if not self.selects(step):
             return dsa_kernels.varlen_attention(q, k, v, cu_q, cu_k)[0]
+        assert inputs is not None
         if paging.prefill_keys:
             assert cache.index is not None
-            prepared = [*prepared[:2], *dsa_kernels.read_index_cache(cache.index, *past)]
-        indices = self.select(tuple(prepared), step, cu_q, cu_k)
+            index_k, index_scale = dsa_kernels.read_index_cache(cache.index, *past)
+            inputs = inputs._replace(k=index_k, k_scale=index_scale)
+        indices = self.select(inputs, cu_q, cu_k, step.max_seqlen_k)
         return dsa_kernels.sparse_attention(q, k, v, indices, cu_q, cu_k)[0]

@@ -177,7 +177,8 @@ class Engine:
 
     def prefill_pieces(self) -> list[tuple[Sequence, int]]:
         """Pieces of prompts, oldest first, within the budget and the free pages."""
-        pieces, budget = [], self.prefill_tokens
+        pieces: list[tuple[Sequence, int]] = []
+        budget = self.prefill_tokens
         for sequence in self.running:
             length = min(len(sequence.tokens) - sequence.cached, budget)
             if sequence.decoding or length == 0:

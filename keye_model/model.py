@@ -18,7 +18,7 @@ from .attention import LayerCache, Paging, Step
 from .config import KeyeConfig
 from .decoder import Decoder, LayerStats
 from .projector import Projector
-from .rope import mrope_table, scaled_section
+from .rope import Table, mrope_table, scaled_section
 from .vision import Grid, VisionTower
 
 
@@ -107,15 +107,14 @@ class KeyeVL(nn.Module):
         index_loss: bool = False,
     ) -> Step:
         """Rotary tables and lengths of one forward pass (attention.py)."""
-        config, section = self.config, self.config.mrope_section
-        how = {"theta": config.rope_theta, "interleaved": config.mrope_interleaved}
-        table = mrope_table(position_ids, config.head_dim, section=section, **how)
-        index_table = None
-        if config.indexer is not None:
-            dim = config.indexer.indexer_head_dim
-            section = scaled_section(section, config.head_dim, dim)
-            index_table = mrope_table(position_ids, dim, section=section, **how)
-        return Step(table, index_table, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, paging, dense, index_loss)  # fmt: skip
+        config = self.config
+
+        def table(dim: int) -> Table:
+            section = scaled_section(config.mrope_section, config.head_dim, dim)
+            return mrope_table(position_ids, dim, config.rope_theta, section, interleaved=config.mrope_interleaved)  # fmt: skip
+
+        index_table = None if config.indexer is None else table(config.indexer.indexer_head_dim)
+        return Step(table(config.head_dim), index_table, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, paging, dense, index_loss)  # fmt: skip
 
     def decode(self, input_ids: Tensor, step: Step, caches: list[LayerCache], features: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
         """Hidden states [T, hidden] of new tokens whose past lies in the caches; writes theirs to it.

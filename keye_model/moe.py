@@ -37,7 +37,9 @@ class MoE(nn.Module):
         super().__init__()
         self.topk, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
+        self.experts: nn.Module = Experts(
+            config.num_experts, config.hidden_size, config.moe_intermediate_size
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Balance]:
         weights, ids, counts, prob_sum = dsa_kernels.moe_router(

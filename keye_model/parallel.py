@@ -7,6 +7,8 @@ averages its own, and those of the experts, which see every rank's rows, are div
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import dsa_kernels
 
+from .decoder import DecoderLayer
 from .model import KeyeVL
 from .moe import Experts
 
@@ -27,13 +30,15 @@ def parallelize(model: KeyeVL, mesh: DeviceMesh) -> KeyeVL:
         ValueError: the number of experts is no multiple of the number of ranks.
     """
     group = mesh.get_group()
-    for layer in model.decoder.layers:
-        layer.mlp.experts = ShardedExperts(layer.mlp.experts, group)
-        fully_shard(layer, mesh=mesh, ignored_params=set(layer.mlp.experts.parameters()))
+    ours: set[nn.Parameter] = set()
+    for layer in cast(list[DecoderLayer], model.decoder.layers):
+        layer.mlp.experts = ShardedExperts(cast(Experts, layer.mlp.experts), group)
+        experts = set(layer.mlp.experts.parameters())
+        fully_shard(layer, mesh=mesh, ignored_params=experts)
+        ours |= experts
     if model.visual is not None:
         for block in model.visual.layers:
             fully_shard(block, mesh=mesh)
-    ours = {p for layer in model.decoder.layers for p in layer.mlp.experts.parameters()}
     fully_shard(model, mesh=mesh, ignored_params=ours)
     return model
 

@@ -37,7 +37,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast) -> KeyeConfig:
     """The model's form at sizes that the kernels serve: head dims 64 and 72, 8 experts, 64 selected tokens."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    vocabulary = tokenizer.get_vocab()
+    ids = {token: vocabulary[token] for token in SPECIAL}
     return KeyeConfig(
         vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         head_dim=64, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, max_position_embeddings=8192,

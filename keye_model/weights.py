@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import KeyeConfig, VisionConfig
+from .decoder import DecoderLayer
 from .model import KeyeVL
+from .moe import Experts
+from .vision import VisionLayer, VisionTower
 
 Views = dict[str, Tensor]
 INDEX = "model.safetensors.index.json"
@@ -41,7 +45,7 @@ def published_views(model: KeyeVL) -> Views:
     }
     if not model.config.tie_word_embeddings:
         views["lm_head.weight"] = model.lm_head.weight
-    for i, layer in enumerate(model.decoder.layers):
+    for i, layer in enumerate(cast(list[DecoderLayer], model.decoder.layers)):
         views |= prefixed(f"model.layers.{i}.", decoder_layer(layer))
     if model.visual is not None and model.projector is not None:
         assert model.config.vision is not None
@@ -54,8 +58,9 @@ def published_views(model: KeyeVL) -> Views:
     return views
 
 
-def decoder_layer(layer: nn.Module) -> Views:
+def decoder_layer(layer: DecoderLayer) -> Views:
     attention, mlp = layer.attention, layer.mlp
+    experts = cast(Experts, mlp.experts)
     views = {
         **module("input_layernorm", layer.attention_norm),
         **module("post_attention_layernorm", layer.mlp_norm),
@@ -64,8 +69,8 @@ def decoder_layer(layer: nn.Module) -> Views:
         "self_attn.q_norm.weight": attention.q_norm,
         "self_attn.k_norm.weight": attention.k_norm,
         "mlp.gate.weight": mlp.router.weight,
-        "mlp.experts.gate_up_proj": mlp.experts.w13.transpose(1, 2),  # [E, in, out]
-        "mlp.experts.down_proj": mlp.experts.w2.transpose(1, 2),
+        "mlp.experts.gate_up_proj": experts.w13.transpose(1, 2),  # [E, in, out]
+        "mlp.experts.down_proj": experts.w2.transpose(1, 2),
     }
     if (indexer := attention.indexer) is not None:
         queries, gates, key = indexer.splits
@@ -76,7 +81,7 @@ def decoder_layer(layer: nn.Module) -> Views:
     return views
 
 
-def vision_tower(visual: nn.Module, config: VisionConfig) -> Views:
+def vision_tower(visual: VisionTower, config: VisionConfig) -> Views:
     patch = (config.num_channels, config.patch_size, config.patch_size)
     views = {
         "embeddings.patch_embedding.weight": visual.patch_embedding.weight.unflatten(1, patch),
@@ -84,7 +89,7 @@ def vision_tower(visual: nn.Module, config: VisionConfig) -> Views:
         "embeddings.position_embedding.weight": visual.positions,
         **module("post_layernorm", visual.norm),
     }
-    for i, layer in enumerate(visual.layers):
+    for i, layer in enumerate(cast(list[VisionLayer], visual.layers)):
         qkv, thirds = layer.attention.qkv, (config.hidden_size,) * 3
         views |= prefixed(f"encoder.layers.{i}.", {
             **module("layer_norm1", layer.norm1), **module("layer_norm2", layer.norm2),
