@@ -92,7 +92,7 @@ def _panel(axis: Any, title: str, entries: list[Line], peers: list[str]) -> None
     style["linewidth"] = 2.6
     axis.plot(contexts, times, "o-", color=COLOURS[0], label="ours", zorder=5, **style)
     limits = [entry["limit_us"] / 1e6 for entry in entries]
-    axis.plot(contexts, limits, "--", color="#555555", linewidth=1.2, label=LIMIT)
+    axis.plot(contexts, limits, "--", marker="_", color="#555555", linewidth=1.2, label=LIMIT)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.minorticks_off()

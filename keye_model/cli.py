@@ -99,7 +99,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     size = bytes_per_token(config)
     context = config.max_position_embeddings
     console.print(
-        f"cache: {size:,} bytes a token, {size * context / 2**30:.1f} GiB for {context:,}"
+        f"cache: {size:,} bytes a token, {size * context / 2**30:.3g} GiB for {context:,}"
     )
     views = published_views(model)
     separate = expert_views(views)
