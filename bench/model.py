@@ -4,7 +4,7 @@ The peer is Hugging Face's Qwen3-MoE with SDPA on the same weights (its paramete
 both); it has no indexer. Decode steps read a cache filled with random keys; ours replays a CUDA graph.
 
     python -m bench model            the cases
-    python -m bench.model            where the time of a prefill and of a decode step goes, and the largest contexts
+    python -m bench.model_parts      where the time of a prefill and of a decode step goes; the largest context; a video
 """
 
 from __future__ import annotations

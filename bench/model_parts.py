@@ -1,0 +1,141 @@
+"""python -m bench.model_parts [--device cpu|cuda] [--json FILE]
+
+Where the time of the whole network goes: kernel time by part of prefills and of a decode step, peak memory, the largest
+context, and a 64-frame video from pixels to tokens. Kernel times are the profiler's, so they leave out gaps; the wall
+time beside them does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from keye_model import Engine, Prompt, SamplingParams
+
+from . import report
+from .model import Decoding, cache_of, full_config, network, prefill
+
+# (what a kernel's name holds, the part it belongs to); the first that fits counts.
+PARTS = (
+    ("indexer_prepare", "indexer: prologue"), ("indexer", "indexer: scores and selection"), ("topk", "indexer: scores and selection"),
+    ("union", "sparse attention"), ("map_tiles", "sparse attention"), ("sparse", "sparse attention"),
+    ("varlen", "dense attention"), ("norm_rope", "norms and RoPE"), ("layer_norm", "norms and RoPE"), ("rms_norm", "norms and RoPE"),
+    ("router", "routing"), ("routing", "routing"), ("moe", "experts"), ("grouped", "experts"), ("cache", "paged cache"),
+    ("gemm", "projections"), ("nvjet", "projections"), ("cutlass", "projections"), ("cublas", "projections"), ("mm", "projections"),
+)  # fmt: skip
+
+
+def part_of(kernel: str) -> str:
+    return next((part for piece, part in PARTS if piece in kernel.lower()), "elementwise and other")
+
+
+def measure(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Wall milliseconds, peak GiB over what is resident, and milliseconds by part of one call, after a first one."""
+    on_gpu = device.type == "cuda"
+    call()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    start = time.perf_counter()
+    call()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    wall = (time.perf_counter() - start) * 1e3
+    peak = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if on_gpu else None
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    parts: dict[str, float] = {}
+    for event in trace.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        parts[part_of(event.key)] = parts.get(part_of(event.key), 0.0) + spent / 1e3
+    return {"wall_ms": wall, "peak_gib": peak, "parts_ms": parts}
+
+
+def show(console: Console, results: dict[str, dict[str, Any]]) -> None:
+    table = Table(title="milliseconds by part", title_justify="left")
+    table.add_column("part")
+    for name in results:
+        table.add_column(name, justify="right")
+    names = dict.fromkeys(part for _, part in PARTS) | {"elementwise and other": None}
+    for part in names:
+        row = [result["parts_ms"].get(part, 0.0) for result in results.values()]
+        if any(row):
+            table.add_row(part, *(f"{ms:,.2f}" for ms in row))
+    table.add_section()
+    table.add_row("kernels together", *(f"{sum(r['parts_ms'].values()):,.2f}" for r in results.values()))  # fmt: skip
+    table.add_row("wall", *(f"{r['wall_ms']:,.2f}" for r in results.values()))
+    peaks = [r["peak_gib"] for r in results.values()]
+    table.add_row("peak GiB over weights", *("-" if p is None else f"{p:.2f}" for p in peaks))
+    console.print(table)
+
+
+def video(device: torch.device, frames: int = 64) -> dict[str, dict[str, Any]]:
+    """A video of random frames of 256 tokens: through ViT and projector whole and in chunks, and to its first answer."""
+    model = network(device)
+    grids = [(1, 32, 32)] * frames
+    pixels = torch.randn(frames * 1024, 3, 14, 14, device=device)
+    config = model.config
+    ids = torch.tensor([1, *[config.video_token_id] * (frames * 256), 2])
+    engine = Engine(model, len(ids) // 64 + 2)
+
+    @torch.no_grad()
+    def encode(chunk: int | None) -> Any:
+        return model.encode(pixels, grids, chunk=chunk)
+
+    def answer() -> Any:
+        prompt = Prompt(ids, None, pixels, grids)
+        return engine.generate([prompt], SamplingParams(max_new_tokens=16, ignore_eos=True))
+
+    return {
+        "ViT, one pass": measure(lambda: encode(None), device),
+        "ViT, chunks of 8192": measure(lambda: encode(8192), device),
+        "video and 16 tokens": measure(answer, device),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.model_parts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line per column")
+    args = parser.parse_args(argv)
+    device, console = torch.device(args.device), Console(width=160)
+    sizes = (8192, 32768, 131072, 262144) if device.type == "cuda" else (2304,)
+    decodes = ((1, 131072), (8, 32768)) if device.type == "cuda" else ((1, 4096),)
+    vocabulary = full_config(device).vocab_size - 2
+    results: dict[str, dict[str, Any]] = {}
+    for tokens in sizes:
+        ids = torch.randint(0, vocabulary, (tokens,), device=device)
+        cache_of.cache_clear()
+        results[f"prefill {tokens}"] = measure(lambda ids=ids: prefill(ids), device)  # type: ignore[misc]
+    for batch, context in decodes:
+        cache_of.cache_clear()
+        step = Decoding(device, batch, context, dense=False)
+        results[f"decode {batch} x {context}"] = measure(step, device)
+    cache_of.cache_clear()
+    if full_config(device).vision is not None:
+        results |= video(device)
+    show(console, results)
+    if args.json is not None:
+        where = report.environment(device)
+        with args.json.open("a") as file:
+            for name, result in results.items():
+                file.write(
+                    json.dumps({**where, "op": "model_parts", "case": name, **result}) + "\n"
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
