@@ -80,6 +80,30 @@ def test_the_batch_does_not_matter(device):
         torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(completions[0].logprobs), rtol=1e-3, atol=1e-3)  # fmt: skip
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_same_bits_wherever_the_pages_lie(device):
+    model = tiny.model(device)
+    prompts = [text_prompt(150), picture_prompt(), text_prompt(40)]
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    runs = []
+    for pages in (list(range(20)), torch.randperm(20).tolist()):
+        engine = Engine(model, 20, prefill_tokens=64)
+        engine.cache.free = pages
+        runs.append([(c.tokens, c.logprobs) for (c,) in engine.generate(prompts, params)])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.gpu
+def test_graphs_decode_like_plain_calls():
+    model = tiny.model("cuda")
+    prompts = [text_prompt(n, i) for i, n in enumerate([150, 3, 64])]
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    plain, graphs = (Engine(model, 20, graphs=g).generate(prompts, params) for g in (False, True))
+    for (a,), (b,) in zip(plain, graphs):
+        assert a.tokens == b.tokens
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-3, atol=1e-3)  # fmt: skip
+
+
 def test_dense_attends_to_every_key():
     model = tiny.model()
     prompt = text_prompt(150)
