@@ -82,7 +82,8 @@ class Engine:
             yield from self.step()
 
     def generate(self, prompts: list[Prompt], params: SamplingParams | list[SamplingParams] | None = None) -> list[list[Completion]]:  # fmt: skip
-        """The completions of every prompt, one for each sample."""
+        """The completions of every prompt, one for each sample. Works until nothing is queued; what was submitted before
+        is finished too, but not returned."""
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(prompts)
         numbers = [self.submit(prompt, p) for prompt, p in zip(prompts, each)]
         results = {number: [Completion() for _ in range(p.n)] for number, p in zip(numbers, each)}

@@ -59,9 +59,8 @@ class Sequence:
         self.prompt_length = len(self.tokens)
         count = torch.arange(self.prompt_length).expand(3, -1)
         self.positions = count if prompt.position_ids is None else prompt.position_ids.cpu()
-        self.next_position = (
-            int(self.positions.max()) + 1 - self.prompt_length
-        )  # + the token's index
+        # A generated token's position is its index plus this.
+        self.next_position = int(self.positions.max()) + 1 - self.prompt_length
         self.pages: list[int] = []
         self.cached = 0  # tokens in the cache
         self.features: Tensor | None = None
