@@ -147,13 +147,13 @@ def part_of(name: str) -> str:
 
 
 def run_init(args: argparse.Namespace) -> int:
-    from .tiny import demo_picture, save_demo_video, save_tiny_checkpoint
+    from .tiny import demo_image, demo_video, save_tiny_checkpoint
 
     directory = Path(args.directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_tiny_checkpoint(directory)
-    demo_picture().save(directory / "picture.png")
-    save_demo_video(directory / "clip.mp4")
+    demo_image(directory / "picture.png")
+    demo_video(directory / "clip.mp4")
     print(f"{directory}: a random tiny checkpoint, picture.png and clip.mp4")
     return 0
 

@@ -14,42 +14,52 @@ from .config import KeyeConfig
 Table = tuple[Tensor, Tensor]
 
 
-def mrope_positions(input_ids: Tensor, grids: list[tuple[int, int, int]], config: KeyeConfig) -> Tensor:  # fmt: skip
-    """Positions [3, T] int64 of a prompt's tokens on the axes t, h and w.
+def mrope_positions(input_ids: Tensor, grid_thw: Tensor, config: KeyeConfig) -> Tensor:
+    """M-RoPE positions (t, h, w) of a prompt.
 
-    Text counts on, the same on the three axes. A picture or frame whose first token would be number n has t = n, and
-    h = n + row, w = n + column on its grid of tokens; the text after it goes on past the largest of them. Time is in the
-    timestamps' text alone.
+    Text counts up by one on all three axes. An image or frame that starts at s has its token in row r and column c of the
+    merged grid at (s, s + r, s + c), and what follows goes on at s + max(rows, columns), one past its largest position.
 
     Args:
-        input_ids: [T] int64, each picture's and frame's placeholders in one run.
-        grids: (1, h, w) in patches of each, in their order.
+        input_ids: [T] int64. The pad tokens of one image or frame stand together.
+        grid_thw: [n, 3] int64 in patches, one row an image or frame, t = 1, in the order of the prompt.
+
+    Returns:
+        [3, T] int64. The text that follows goes on one past the largest of them.
 
     Raises:
-        ValueError: the placeholders are not those of the grids.
+        ValueError: pad tokens that do not match the grid.
+
+    Source: SGLang's `get_rope_index_keye`. Time is in the text alone; t does not scale with seconds.
     """
-    is_vision = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
-    slots = is_vision.nonzero()[:, 0]
-    merge = 1 if config.vision is None else config.vision.spatial_merge_size
-    sizes = [(h // merge, w // merge) for t, h, w in grids for _ in range(t)]
-    needed = sum(h * w for h, w in sizes)
-    if len(slots) != needed:
-        raise ValueError(f"{len(slots)} vision placeholders, but pictures and frames of {needed} tokens")  # fmt: skip
-    positions = torch.empty(3, len(input_ids), dtype=torch.int64)
-    done = number = used = 0
-    for h, w in sizes:
-        start, stop = int(slots[used]), int(slots[used + h * w - 1]) + 1
-        if stop - start != h * w:
-            raise ValueError(f"the placeholders at {start} are interrupted: a grid of {h} x {w} tokens")  # fmt: skip
-        positions[:, done:start] = torch.arange(number, number + start - done)
-        number += start - done
-        rows, columns = torch.arange(h)[:, None].expand(h, w), torch.arange(w).expand(h, w)
-        positions[0, start:stop] = number
-        positions[1, start:stop] = number + rows.flatten()
-        positions[2, start:stop] = number + columns.flatten()
-        number += max(h, w)
-        done, used = stop, used + h * w
-    positions[:, done:] = torch.arange(number, number + len(input_ids) - done)
+    merge = config.vision.spatial_merge_size if config.vision else 1
+    sides = grid_thw[:, 1:]
+    if (grid_thw[:, 0] != 1).any() or (sides < 1).any() or (sides % merge).any():
+        raise ValueError(
+            f"grid_thw: expected rows [1, h, w] of multiples of {merge}, got {grid_thw.tolist()}"
+        )
+    num_rows, num_columns = (sides // merge).unbind(1)
+    counts = num_rows * num_columns
+    is_pad = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
+    places = is_pad.nonzero()[:, 0]  # [P]
+    if len(places) != counts.sum():
+        raise ValueError(
+            f"{len(places)} pad tokens in the prompt, {counts.sum()} in the grid of {len(counts)} rows"
+        )
+    offsets = counts.cumsum(0) - counts
+    owner = torch.arange(len(counts)).repeat_interleave(counts)  # [P] -> row of the grid
+    within = torch.arange(len(places)) - offsets[owner]
+    first = places[offsets]
+    if not torch.equal(places, first[owner] + within):
+        raise ValueError("the pad tokens of an image or frame do not stand together")
+
+    advance = (~is_pad).long()
+    advance[first] = torch.maximum(num_rows, num_columns)
+    start = advance.cumsum(0) - advance  # [T]
+    positions = start.expand(3, -1).clone()
+    positions[:, places] = start[first][owner]
+    positions[1, places] += within // num_columns[owner]
+    positions[2, places] += within % num_columns[owner]
     return positions
 
 

@@ -1,88 +1,129 @@
-"""A complete random tiny checkpoint, and a picture and a video to show it: everything runs in seconds on any machine."""
+"""A tiny Keye-VL-2.0: checkpoint, tokenizer, a picture and a video, for tests and first steps. No network needed."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import av
-import numpy
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
+from .chat import CHAT_TEMPLATE
 from .config import IndexerConfig, KeyeConfig, VisionConfig
 from .model import KeyeVL
 from .weights import save_pretrained
 
-SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-    "<|video_pad|>", "<|frame|>", "<think>", "</think>",
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|image_pad|>", "<|video_pad|>", "<|frame|>", "<think>", "</think>",
 )  # fmt: skip
-VOCABULARY = 512
+TOKEN_IDS = {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}  # after the 256 bytes
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in the format of Qwen's, with the model's special tokens and a few merges."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator([__doc__ or "", Path(__file__).read_text()], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")  # fmt: skip
-
-
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> KeyeConfig:
-    """The model's form at sizes that the kernels serve: head dims 64 and 72, 8 experts, 64 selected tokens."""
-    vocabulary = tokenizer.get_vocab()
-    ids = {token: vocabulary[token] for token in SPECIAL}
+def tiny_config() -> KeyeConfig:
+    """A network of under two million parameters with every part of the real one, in sizes the kernels take."""
     return KeyeConfig(
-        vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, max_position_embeddings=8192,
+        vocab_size=320,  # 266 tokens, and unused rows as in the real one
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        max_position_embeddings=32768,
         rope_scaling={"rope_type": "default", "mrope_section": [8, 12, 12]},
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
-        vision=VisionConfig(hidden_size=144, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2),
+        image_token_id=TOKEN_IDS["<|image_pad|>"],
+        video_token_id=TOKEN_IDS["<|video_pad|>"],
+        vision_start_token_id=TOKEN_IDS["<|vision_start|>"],
+        vision_end_token_id=TOKEN_IDS["<|vision_end|>"],
+        eos_token_id=[TOKEN_IDS["<|im_end|>"], TOKEN_IDS["<|endoftext|>"]],
+        vision=VisionConfig(
+            hidden_size=144, intermediate_size=288, num_hidden_layers=2, num_attention_heads=2
+        ),
         indexer=IndexerConfig(indexer_num_heads=4, indexer_head_dim=64, topk=64),
+    )
+
+
+def tiny_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
+    """Writes tokenizer.json, tokenizer_config.json and the chat template: Qwen's byte-level BPE with no merges.
+
+    Every byte is a token, then come the special tokens; ids agree with `tiny_config`.
+    """
+    alphabet = {char: i for i, char in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocab=alphabet, merges=[]))
+    tokenizer.normalizer = NFC()
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    thoughts = ("<think>", "</think>")  # shown when special tokens are skipped, as in Qwen3
+    tokenizer.add_tokens(
+        [AddedToken(t, special=t not in thoughts, normalized=False) for t in SPECIAL_TOKENS]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+    fast.save_pretrained(directory)
+    return fast
 
 
 def save_tiny_checkpoint(directory: str | Path, *, seed: int = 0) -> None:
-    """Writes config, random weights and tokenizer: what `from_pretrained` and `KeyeProcessor` read."""
-    tokenizer = tiny_tokenizer()
+    """Writes configuration, random weights and tokenizer: what `from_pretrained` and `KeyeProcessor` read."""
     torch.manual_seed(seed)
-    model = KeyeVL(tiny_config(tokenizer))
+    model = KeyeVL(tiny_config())
     model.init_weights()
     save_pretrained(model, directory, progress=False)
-    tokenizer.save_pretrained(str(directory))
+    tiny_tokenizer(directory)
 
 
-def demo_picture(size: int = 280) -> Image.Image:
-    """A red disc and a blue square on grey."""
-    image = Image.new("RGB", (size, size), (128, 128, 128))
+def demo_image(path: str | Path, *, height: int = 240, width: int = 320) -> Path:
+    """Draws a picture of a house under a sun; the suffix of `path` is the format."""
+    image = Image.new("RGB", (width, height), "skyblue")
     draw = ImageDraw.Draw(image)
-    draw.ellipse((size // 8, size // 8, size // 2, size // 2), fill=(220, 40, 40))
-    draw.rectangle((size // 2, size // 2, size * 7 // 8, size * 7 // 8), fill=(40, 60, 220))
-    return image
+    draw.rectangle((0, height * 0.7, width, height), fill="forestgreen")
+    draw.rectangle((width * 0.2, height * 0.45, width * 0.5, height * 0.8), fill="firebrick")
+    roof = [
+        (width * 0.15, height * 0.45),
+        (width * 0.35, height * 0.2),
+        (width * 0.55, height * 0.45),
+    ]
+    draw.polygon(roof, fill="saddlebrown")
+    draw.ellipse((width * 0.7, height * 0.08, width * 0.86, height * 0.3), fill="gold")
+    image.save(path)
+    return Path(path)
 
 
-def save_demo_video(
-    path: str | Path, *, seconds: float = 3.0, fps: int = 8, size: int = 224
-) -> None:
-    """A disc that moves from left to right."""
+def demo_video(
+    path: str | Path, *, num_frames: int = 32, fps: int = 8, height: int = 128, width: int = 192
+) -> Path:
+    """Writes an MPEG-4 video of a disc that goes round over a background that gets brighter."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
-        count = round(seconds * fps)
-        for i in range(count):
-            image = Image.new("RGB", (size, size), (30, 30, 30))
-            x = (size - 60) * i // max(count - 1, 1)
-            ImageDraw.Draw(image).ellipse((x, size // 2 - 30, x + 60, size // 2 + 30), fill=(240, 200, 40))  # fmt: skip
-            for packet in stream.encode(av.VideoFrame.from_ndarray(numpy.asarray(image), format="rgb24")):  # fmt: skip
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = (
+            width,
+            height,
+            "yuv420p",
+            2_000_000,
+        )
+        for i in range(num_frames):
+            level = 40 + 160 * i // num_frames
+            image = Image.new("RGB", (width, height), (level, level, level))
+            angle = 2 * math.pi * i / num_frames
+            x, y = (
+                width / 2 + width / 3 * math.cos(angle),
+                height / 2 + height / 3 * math.sin(angle),
+            )
+            ImageDraw.Draw(image).ellipse((x - 16, y - 16, x + 16, y + 16), fill="red")
+            frame = av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return Path(path)

@@ -1,320 +1,302 @@
-"""Pictures, videos and prompts, by the published rules."""
+"""The processor: tokenizer, prompts, expansion, order of patches, errors."""
 
-import itertools
+import dataclasses
+import json
 import math
+import threading
 
-import av
-import numpy
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from keye_model import KeyeConfig
-from keye_model.images import (  # fmt: skip
-    FACTOR,
-    MAX_PIXELS,
-    MIN_PIXELS,
-    image_patches,
-    load_image,
-    smart_resize,
-)
+from keye_model.chat import CHAT_TEMPLATE
+from keye_model.config import KeyeConfig
+from keye_model.images import ImageBudget, load_image, resize_image
 from keye_model.processor import KeyeProcessor
 from keye_model.rope import mrope_positions
-from keye_model.tiny import demo_picture, save_demo_video, tiny_config, tiny_tokenizer
-from keye_model.video import Frames, VideoOptions, read_video, sample
+from keye_model.tiny import (
+    SPECIAL_TOKENS,
+    TOKEN_IDS,
+    demo_image,
+    demo_video,
+    tiny_config,
+    tiny_tokenizer,
+)
+from keye_model.video import FrameList, VideoBudget, sample_video
+
+IMAGE, VIDEO = TOKEN_IDS["<|image_pad|>"], TOKEN_IDS["<|video_pad|>"]
 
 
 @pytest.fixture(scope="module")
-def processor():
-    tokenizer = tiny_tokenizer()
-    return KeyeProcessor(tokenizer, tiny_config(tokenizer))
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    tiny_config().save_pretrained(directory)
+    tiny_tokenizer(directory)
+    return directory
 
 
-# ---- pictures --------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def processor(checkpoint):
+    return KeyeProcessor.from_pretrained(checkpoint)
 
 
-@pytest.mark.parametrize("size, expected", [
-    ((280, 280), (280, 280)), ((281, 300), (280, 308)), ((13, 13), (56, 56)), ((10, 100), (28, 112)),
-    ((5000, 5000), (4004, 4004)), ((14, 2800), (28, 2800)), ((42, 70), (56, 56)),
-])  # fmt: skip
-def test_smart_resize(size, expected):
-    """By hand: 13 -> 28 is below 4 tokens, so sqrt(3136 / 169) = 4.3 and 13 * 4.3 = 56; 5000 -> 5012 is above 20,480 of
-    them, so 5000 / sqrt(5000^2 / 16,056,320) = 4007, down to 4004; 42 / 28 and 70 / 28 round to 2."""
-    assert smart_resize(*size) == expected
-
-
-@given(st.integers(1, 6000), st.integers(1, 6000))
-def test_smart_resize_keeps_its_limits(height, width):
-    if max(height, width) > 200 * min(height, width):
-        with pytest.raises(ValueError, match="200 times"):
-            smart_resize(height, width)
-        return
-    h, w = smart_resize(height, width)
-    assert h % FACTOR == w % FACTOR == 0 and h > 0 and w > 0
-    assert h * w >= MIN_PIXELS
-    # a side of one token cannot shrink further: long strips may pass the limit
-    assert h * w <= MAX_PIXELS or min(h, w) == FACTOR
-
-
-def test_patches_are_the_picture():
-    image = demo_picture(280)
-    patches, grid = image_patches(image)
-    assert (
-        grid == (1, 20, 20) and patches.shape == (400, 3, 14, 14) and patches.dtype == torch.float32
-    )
-    rows = patches.view(20, 20, 3, 14, 14).permute(2, 0, 3, 1, 4).reshape(3, 280, 280)
-    pixels = ((rows * 0.5 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
-    assert (pixels == numpy.asarray(image)).all()
-
-
-def test_all_forms_of_a_picture_are_one(tmp_path):
-    image = demo_picture(56)
-    array = numpy.asarray(image)
-    image.save(tmp_path / "a.png")
-    forms = [image, image.convert("RGBA"), str(tmp_path / "a.png"), tmp_path / "a.png", array, torch.from_numpy(array.copy()), array.transpose(2, 0, 1)]  # fmt: skip
-    assert all((numpy.asarray(load_image(form)) == array).all() for form in forms)
-
-
-@pytest.mark.parametrize("make, message", [
-    (lambda d: d / "absent.png", "absent.png: not a readable picture"),
-    (lambda d: (d / "x.png").write_bytes(b"no picture") and d / "x.png", "x.png: not a readable picture"),
-    (lambda d: truncated(d / "t.png"), "t.png: not a readable picture"),
-    (lambda d: Image.new("RGB", (3, 700)), "200 times"),
-    (lambda d: numpy.zeros((4, 4), numpy.uint8), r"expected an array \[H, W, 3\]"),
-    (lambda d: numpy.zeros((4, 4, 3)), "of float64"),
-    (lambda d: numpy.zeros((0, 4, 3), numpy.uint8), "0 x 4 pixels"),
-    (lambda d: 7, "got int"),
-])  # fmt: skip
-def test_broken_pictures(processor, tmp_path, make, message):
-    content = [
-        {"type": "image", "image": demo_picture()},
-        {"type": "image", "image": make(tmp_path)},
+def user(*parts):
+    return [
+        {
+            "role": "user",
+            "content": [p if isinstance(p, dict) else {"type": "text", "text": p} for p in parts],
+        }
     ]
-    with pytest.raises(ValueError, match="picture 1: .*" + message):
-        processor([{"role": "user", "content": content}])
-    assert processor([{"role": "user", "content": content[:1]}]).grids == [(1, 20, 20)]
 
 
-def truncated(path):
-    demo_picture(400).save(path)
-    path.write_bytes(path.read_bytes()[:300])
-    return path
+def picture(height, width):
+    return Image.fromarray(np.random.randint(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-# ---- videos ----------------------------------------------------------------------------------------
+# Tokenizer and configuration
 
 
-def test_a_video_file(tmp_path):
-    """24 frames at 8 a second: 2 a second for 3 s are 6, evenly spread from the first to the last."""
-    save_demo_video(tmp_path / "v.mp4")
-    video = read_video(tmp_path / "v.mp4", VideoOptions(), 10_000)
-    assert video.seconds == [i / 8 for i in (0, 5, 9, 14, 18, 23)]
-    assert video.grid == (1, 16, 16) and video.patches.shape == (6 * 256, 3, 14, 14)
-    bright = (
-        (video.patches.view(6, 16, 16, 3, 14, 14)[:, :, :, 0].amax((-2, -1)) > 0).any(1).float()
-    )
-    centres = (bright * torch.arange(16)).sum(1) / bright.sum(1)
-    assert (centres.diff() > 1).all()  # the disc moves to the right
+def test_tokenizer_round_trip(processor):
+    text = "Zwölf Häuser, 十二座房子, 🏠×12\n\t \x00"
+    ids = processor.tokenizer(text)["input_ids"]
+    assert ids and max(ids) < 256 and processor.tokenizer.decode(ids) == text
+    assert len(ids) == len(text.encode())
+    marked = "<|im_start|>user\nhi<think>no</think><|im_end|>"
+    ids = processor.tokenizer(marked)["input_ids"]
+    assert processor.tokenizer.decode(ids) == marked
+    shown = processor.tokenizer.decode(ids, skip_special_tokens=True)
+    assert shown == "user\nhi<think>no</think>"
+    for token in SPECIAL_TOKENS:
+        assert processor.tokenizer(token)["input_ids"] == [TOKEN_IDS[token]]
 
 
-def test_frame_lists():
-    frames = [demo_picture(112)] * 4
-    video = read_video(Frames(frames, fps=4.0), VideoOptions(), 10_000)
-    assert video.seconds == [0.0, 0.25, 0.5, 0.75] and video.grid == (
-        1,
-        16,
-        16,
-    )  # grown to 64 tokens
-    assert len(read_video([numpy.asarray(f) for f in frames], VideoOptions(), 10_000).seconds) == 4
+def test_configuration_and_tokenizer_agree(checkpoint, processor):
+    config = KeyeConfig.from_pretrained(checkpoint)
+    assert config.to_dict() == tiny_config().to_dict()
+    assert len(processor.tokenizer) <= config.vocab_size
+    assert config.eos_token_ids[0] == processor.tokenizer.eos_token_id
+    wrong = dataclasses.replace(config, image_token_id=5)
+    with pytest.raises(ValueError, match=r"<\|image_pad\|>: 5 in the config, 261 in the tokenizer"):
+        KeyeProcessor(processor.tokenizer, wrong)
 
 
-def test_sampling_rules():
-    assert sample(240, 24.0, 2.0, 184_320) == [round(i * 239 / 19) for i in range(20)]
-    assert len(sample(5, 30.0, 2.0, 184_320)) == 2  # two at least
-    assert sample(1, 30.0, 2.0, 184_320) == [0]
-    assert len(sample(10**6, 30.0, 2.0, 184_320)) == 2880  # of 64 tokens each
-    assert len(sample(100, 1.0, 2.0, 184_320)) == 100  # not more than there are
+def test_from_pretrained_reads_what_the_directory_has(checkpoint, tmp_path):
+    for path in checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "chat_template.jinja").unlink()
+    assert KeyeProcessor.from_pretrained(tmp_path).chat_template == CHAT_TEMPLATE
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "own"}))
+    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1], "min_pixels": 1}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    own = KeyeProcessor.from_pretrained(tmp_path)
+    assert own.apply_chat_template(user("hi")) == "own"
+    assert (own.image_mean, own.image_std) == ((0.1, 0.2, 0.3), (1, 1, 1))
 
 
-@pytest.mark.parametrize("frames, budget, adaptive, side", [
-    (4, 10_000, False, 16), (4, 4 * 100, False, 10), (4, 10, False, 8), (4, 8 * 4 * 100, True, 10),
-])  # fmt: skip
-def test_tokens_of_a_frame(frames, budget, adaptive, side):
-    """Between 64 and 256 by the budget; adaptive: 4 s are below 256 s, an eighth of it."""
-    video = read_video(
-        Frames([demo_picture(800)] * frames, 1.0), VideoOptions(adaptive=adaptive), budget
-    )
-    assert video.grid == (1, 2 * side, 2 * side)
+# Prompts
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda d: d / "absent.mp4", "absent.mp4: not a readable video"),
-    (lambda d: (d / "x.mp4").write_bytes(b"no video") and d / "x.mp4", "x.mp4: not a readable video"),
-    (lambda d: cut(d / "c.mp4"), "c.mp4"),
-    (lambda d: sound_only(d / "s.wav"), "holds no video"),
-    (lambda d: [], "0 frames"),
-    (lambda d: Frames([demo_picture()], fps=math.nan), "frames a second"),
-    (lambda d: [Image.new("RGB", (2, 900))], "200 times"),
-])  # fmt: skip
-def test_broken_videos(processor, tmp_path, make, message):
-    with pytest.raises(ValueError, match="video 0: .*" + message):
-        processor([{"role": "user", "content": [{"type": "video", "video": make(tmp_path)}]}])
-
-
-def cut(path):
-    save_demo_video(path)
-    path.write_bytes(path.read_bytes()[:2000])
-    return path
-
-
-def sound_only(path):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        frame = av.AudioFrame.from_ndarray(numpy.zeros((1, 800), numpy.int16), layout="mono")
-        frame.sample_rate = 8000
-        for packet in itertools.chain(stream.encode(frame), stream.encode()):
-            container.mux(packet)
-    return path
-
-
-# ---- prompts ---------------------------------------------------------------------------------------
-
-
-def test_text(processor):
-    prompt = processor("Hello, wörld 漢!")
-    text = processor.tokenizer.decode(prompt.input_ids)
-    assert text == "<|im_start|>user\nHello, wörld 漢!<|im_end|>\n<|im_start|>assistant\n"
-    assert prompt.pixel_values is None and prompt.grids == []
-    assert torch.equal(prompt.position_ids, torch.arange(len(prompt.input_ids)).expand(3, -1))
-
-
-def test_expanded_prompt(processor, tmp_path):
-    save_demo_video(tmp_path / "v.mp4", seconds=1.0)
+def test_chat_template(processor):
     messages = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [
-            {"type": "image", "image": demo_picture(56)}, {"type": "text", "text": "and"},
-            {"type": "video", "video": str(tmp_path / "v.mp4")}, {"type": "text", "text": "differ?"},
-        ]},
-    ]  # fmt: skip
-    prompt = processor(messages)
-    frame = "<|video_pad|>" * 64
-    expected = (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 4
-        + "<|vision_end|>and<|vision_start|><|frame|>0.0" + frame + "<|frame|>0.9" + frame
-        + "<|vision_end|>differ?<|im_end|>\n<|im_start|>assistant\n"
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."},
+        *user({"type": "video"}, "Two?", {"type": "image"}),
+    ]
+    before = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n"
+        "<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
+        "Two?<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
+    )
+    template = processor.apply_chat_template
+    assert template(messages) == before + "<|im_start|>assistant\n<think>\n"
+    assert template(messages, enable_thinking=False) == before + "<|im_start|>assistant\n"
+    assert template(messages, add_generation_prompt=False) == before
+    # The thoughts of the answer to the last question stay: that is what training sees.
+    answer = {"role": "assistant", "content": "<think>\nso\n</think>\n\nNo."}
+    assert template([*messages, answer], add_generation_prompt=False) == (
+        before + "<|im_start|>assistant\n<think>\nso\n</think>\n\nNo.<|im_end|>\n"
+    )
+
+
+def test_the_default_template_refuses_what_it_would_drop(processor):
+    with pytest.raises(Exception, match="knows no tools"):
+        processor.apply_chat_template(user("hi"), tools=[{"type": "function"}])
+    with pytest.raises(Exception, match="content of type audio"):
+        processor.apply_chat_template(user({"type": "audio"}))
+
+
+def test_text_only(processor):
+    inputs = processor(user("hi"), enable_thinking=False)
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert inputs.input_ids.tolist() == processor.tokenizer(text)["input_ids"]
+    assert inputs.pixel_values is None and inputs.grids == []
+    assert torch.equal(inputs.position_ids, torch.arange(len(inputs.input_ids)).expand(3, -1))
+    assert len(processor("").input_ids) == 0
+
+
+def test_a_text_only_checkpoint(processor):
+    text_only = KeyeProcessor(processor.tokenizer, dataclasses.replace(tiny_config(), vision=None))
+    assert len(text_only("hello").input_ids) == 5
+    with pytest.raises(ValueError, match="images: this checkpoint has no vision tower"):
+        text_only("<|image_pad|>", [picture(30, 30)])
+
+
+def test_image_and_video_in_one_prompt(processor, tmp_path):
+    """The whole expansion, the patches in its order, and the grid, with the image before and after the video."""
+    image = demo_image(tmp_path / "a.png", height=56, width=84)  # 2 x 3 tokens
+    frames = [np.full((56, 56, 3), i, np.uint8) for i in (10, 20)]  # 64 tokens each
+    video = FrameList(frames, timestamps=[0.25, 61.97])
+    inputs = processor(
+        user("a", {"type": "image", "image": image}, {"type": "video", "video": video}, "b",
+             {"type": "image", "image": str(image)}),
+        enable_thinking=False,
     )  # fmt: skip
-    assert processor.tokenizer.decode(prompt.input_ids) == expected
-    assert prompt.grids == [(1, 4, 4), (1, 16, 16), (1, 16, 16)]
-    assert len(prompt.pixel_values) == 16 + 2 * 256
-    assert torch.equal(prompt.pixel_values[:16], image_patches(demo_picture(56))[0])
-
-
-def test_placeholders_must_match(processor):
-    with pytest.raises(
-        ValueError, match="1 picture and 0 video placeholders for 0 pictures and 0 videos"
-    ):
-        processor("what is <|image_pad|>?")
-    with pytest.raises(
-        ValueError, match="0 picture and 0 video placeholders for 2 pictures and 1 videos"
-    ):
-        processor.prompt("x", images=[demo_picture()] * 2, videos=[[demo_picture()]])
-    two = [{"type": "video", "video": [demo_picture()] * 2}] * 2
-    with pytest.raises(ValueError, match="adaptive: for a single video"):
-        processor([{"role": "user", "content": two}], options=VideoOptions(adaptive=True))
-
-
-def test_videos_share_the_budget(processor):
-    video = {"type": "video", "video": [demo_picture(800)] * 2}
-    options = VideoOptions(total_tokens=600)
-    alone = processor([{"role": "user", "content": [video]}], options=options)
-    shared = processor([{"role": "user", "content": [video] * 3}], options=options)
-    assert alone.grids == [(1, 32, 32)] * 2 and shared.grids == [(1, 20, 20)] * 6
-
-
-def test_own_chat_template_and_directory(tmp_path, processor):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}<think>"
+    picture_text = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
+    pads = "<|video_pad|>" * 64
+    film = f"<|vision_start|><|frame|>0.2{pads}<|frame|>62.0{pads}<|vision_end|>"
+    expected = (
+        f"<|im_start|>user\na{picture_text}{film}b{picture_text}<|im_end|>\n<|im_start|>assistant\n"
     )
-    tokenizer.save_pretrained(str(tmp_path))
-    processor.config.save_pretrained(tmp_path)
-    again = KeyeProcessor.from_pretrained(tmp_path)
-    assert again.tokenizer.decode(again("hi").input_ids) == "user: hi;<think>"
-    assert again.config == KeyeConfig.from_dict(processor.config.to_dict())
+    assert processor.tokenizer.decode(inputs.input_ids) == expected
+    assert inputs.grids == [(1, 4, 6), (1, 16, 16), (1, 16, 16), (1, 4, 6)]
+    pixels = inputs.pixel_values
+    assert pixels.shape == (24 + 256 + 256 + 24, 3, 14, 14) and pixels.dtype == torch.float32
+    assert torch.equal(pixels[:24], pixels[-24:])
+    resized = resize_image(load_image(image), ImageBudget()).float() / 127.5 - 1
+    torch.testing.assert_close(pixels[6 + 2], resized[:, 14:28, 28:42])  # row 1, column 2
+    for block, level in ((pixels[24:280], 10), (pixels[280:536], 20)):
+        torch.testing.assert_close(block, torch.full_like(block, level / 127.5 - 1))
+    assert (inputs.input_ids == IMAGE).sum() == 12 and (inputs.input_ids == VIDEO).sum() == 128
 
 
-# ---- positions -------------------------------------------------------------------------------------
+def test_a_video_without_a_clock_has_no_times(processor):
+    inputs = processor("<|video_pad|>", videos=[[picture(56, 56)] * 3])
+    assert processor.tokenizer.decode(inputs.input_ids) == ("<|frame|>" + "<|video_pad|>" * 64) * 3
 
 
-def slow_positions(ids, grids, config):
-    """The rule, token by token."""
-    columns, number, frames, seen = [], 0, iter(grids), {}
-    i = 0
-    while i < len(ids):
-        if ids[i] in (config.image_token_id, config.video_token_id):
-            _, h, w = next(frames)
-            for row, column in itertools.product(range(h // 2), range(w // 2)):
-                columns.append((number, number + row, number + column))
-            i += h * w // 4
-            number = max(max(c) for c in columns[-(h * w // 4) :]) + 1
-        else:
-            columns.append((number,) * 3)
-            number, i = number + 1, i + 1
-    assert not seen
-    return torch.tensor(columns).T
+def test_a_video_file(processor, tmp_path):
+    path = demo_video(tmp_path / "v.mp4")
+    inputs = processor(user({"type": "video", "video": path}, "What turns?"))
+    video = sample_video(path, VideoBudget())
+    h, w = video.frames.shape[2] // 14, video.frames.shape[3] // 14
+    assert inputs.grids == [(1, h, w)] * 8
+    text = processor.tokenizer.decode(inputs.input_ids)
+    assert [f"<|frame|>{t:.1f}<|video_pad|>" in text for t in video.timestamps] == [True] * 8
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(1, 4), st.integers(1, 4)), max_size=5), st.integers(1, 4))  # fmt: skip
-def test_positions_follow_the_rule(parts, tail):
-    config = KeyeConfig()
-    ids, grids = [], []
-    for text, is_video, h, w in parts:
-        pad = config.video_token_id if is_video else config.image_token_id
-        ids += [1] * (text + 1) + [pad] * (h * w)
-        grids.append((1, 2 * h, 2 * w))
-    ids += [2] * tail
-    expected = slow_positions(ids, grids, config)
-    assert torch.equal(mrope_positions(torch.tensor(ids), grids, config), expected)
-
-
-def test_positions_equal_qwen2_vl():
-    """Pictures alone: the rule is theirs."""
-    transformers = pytest.importorskip("transformers")
-    config = KeyeConfig()
-    text = {"vocab_size": 200_000, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8}  # fmt: skip
-    vision = {
-        "depth": 1,
-        "embed_dim": 32,
-        "num_heads": 2,
-        "hidden_size": 64,
-        "spatial_merge_size": 2,
-    }
-    special = {name: getattr(config, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}  # fmt: skip
-    theirs = transformers.Qwen2VLModel(transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **special))  # fmt: skip
-    start, end, pad = (
-        config.vision_start_token_id,
-        config.vision_end_token_id,
-        config.image_token_id,
+def test_media_beside_the_messages(processor):
+    a, b, c = picture(56, 56), picture(56, 84), picture(84, 56)
+    inside = processor(user(*({"type": "image", "image": x} for x in (a, b, c))))
+    mixed = processor(
+        user({"type": "image"}, {"type": "image", "image": b}, {"type": "image"}), [a, c]
     )
-    ids = torch.tensor([5, 6, start] + [pad] * 6 + [end, 7, 8, start] + [pad] * 8 + [end, 9])
-    grids = [(1, 4, 6), (1, 8, 4)]
-    kinds = (ids == pad).int()
-    arguments = {"input_ids": ids[None], "image_grid_thw": torch.tensor(grids)}
-    if "mm_token_type_ids" in theirs.get_rope_index.__code__.co_varnames:
-        arguments["mm_token_type_ids"] = kinds[None]
-    expected, _ = theirs.get_rope_index(**arguments)
-    assert torch.equal(mrope_positions(ids, grids, config), expected[:, 0])
+    text = processor("<|image_pad|>x<|image_pad|><|image_pad|>", [a, b, c])
+    assert torch.equal(inside.input_ids, mixed.input_ids)
+    for other in (mixed, text):
+        assert torch.equal(inside.pixel_values, other.pixel_values)
+        assert inside.grids == other.grids
 
 
-def test_positions_of_placeholders_that_do_not_fit():
-    config = KeyeConfig()
-    pad = config.image_token_id
+def test_messages_are_left_as_they_are(processor):
+    image = picture(56, 56)
+    messages = user({"type": "image", "image": image}, "hi")
+    processor(messages)
+    assert messages == user({"type": "image", "image": image}, "hi")
+
+
+def test_budgets(processor, tmp_path):
+    image, path = picture(280, 280), demo_video(tmp_path / "v.mp4")
+    assert (processor("<|image_pad|>", [image]).input_ids == IMAGE).sum() == 100
+    small = processor("<|image_pad|>", [image], image_budget=ImageBudget(max_tokens=16))
+    assert (small.input_ids == IMAGE).sum() == 16
+    # two videos share the tokens
+    budget = VideoBudget(min_tokens=16, total_tokens=320)
+    inputs = processor("<|video_pad|>" * 2, videos=[path] * 2, video_budget=budget)
+    tokens = sum(h * w for _, h, w in inputs.grids) // 4
+    assert len(inputs.grids) == 16 and tokens <= 320
+    alone = processor("<|video_pad|>", videos=[path], video_budget=budget)
+    assert math.prod(alone.grids[0]) > math.prod(inputs.grids[0])
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_images", "num_videos", "reason"),
+    [
+        ("hi", 1, 0, r"the prompt has 0 <\|image_pad\|>, but 1 images came"),
+        ("<|image_pad|>", 0, 0, r"the prompt has 1 <\|image_pad\|>, but 0 images came"),
+        ("<|image_pad|><|video_pad|>", 1, 2, r"the prompt has 1 <\|video_pad\|>, but 2 videos came"),
+        (user({"type": "image"}, {"type": "image"}), 1, 0, r"2 <\|image_pad\|>, but 1 images came"),
+        (user("text with <|image_pad|>"), 0, 0, r"1 <\|image_pad\|>, but 0 images came"),
+        (user({"type": "image", "image": "a.png"}), 1, 0, r"1 <\|image_pad\|>, but 2 images came"),
+    ],
+)  # fmt: skip
+def test_counts_that_do_not_match(processor, prompt, num_images, num_videos, reason):
+    with pytest.raises(ValueError, match=reason):
+        processor(prompt, [picture(30, 30)] * num_images, [[picture(30, 30)]] * num_videos)
+
+
+def test_one_broken_medium_leaves_the_others_alone(processor, tmp_path):
+    good = demo_image(tmp_path / "good.png")
+    broken, film = tmp_path / "broken.png", tmp_path / "film.mp4"
+    broken.write_bytes(good.read_bytes()[:300])
+    film.write_bytes(b"no film")
+    before = processor("<|image_pad|>", [good])
     with pytest.raises(
-        ValueError, match="3 vision placeholders, but pictures and frames of 4 tokens"
+        ValueError, match=r"images\[1\]: .*broken\.png: not a usable image: .*truncated"
     ):
-        mrope_positions(torch.tensor([1, pad, pad, pad]), [(1, 4, 4)], config)
-    with pytest.raises(ValueError, match="interrupted"):
-        mrope_positions(torch.tensor([pad, pad, 1, pad, pad]), [(1, 4, 4)], config)
+        processor("<|image_pad|><|image_pad|>", [good, broken])
+    with pytest.raises(ValueError, match=r"videos\[0\]: .*film\.mp4: not a readable video"):
+        processor("<|image_pad|><|video_pad|>", [good], [film])
+    after = processor("<|image_pad|>", [good])
+    assert torch.equal(before.pixel_values, after.pixel_values)
+
+
+def test_threads_do_not_disturb_each_other(processor, tmp_path):
+    good, film = demo_image(tmp_path / "a.png"), demo_video(tmp_path / "v.mp4")
+    expected = processor("<|image_pad|><|video_pad|>", [good], [film])
+    failures = []
+
+    def work(broken):
+        try:
+            inputs = processor(
+                "<|image_pad|><|video_pad|>", ["none.png" if broken else good], [film]
+            )
+            same = torch.equal(inputs.pixel_values, expected.pixel_values)
+            failures.extend([] if same and not broken else ["differs"])
+        except ValueError as error:
+            failures.extend([] if broken else [error])
+
+    threads = [threading.Thread(target=work, args=(i % 2 == 1,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=4))
+def test_tokens_patches_and_positions_agree(processor, sizes):
+    images = [
+        picture(height, width)
+        for height, width in sizes
+        if max(height, width) <= 150 * min(height, width)
+    ]
+    inputs = processor("a<|image_pad|>" * len(images), images)
+    patches = torch.tensor(inputs.grids, dtype=torch.int64).reshape(-1, 3).prod(1)
+    assert (
+        (inputs.input_ids == IMAGE).sum() * 4
+        == patches.sum()
+        == (0 if inputs.pixel_values is None else len(inputs.pixel_values))
+    )
+    expected = mrope_positions(
+        inputs.input_ids,
+        torch.tensor(inputs.grids, dtype=torch.int64).reshape(-1, 3),
+        tiny_config(),
+    )
+    assert torch.equal(inputs.position_ids, expected)
