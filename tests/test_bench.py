@@ -183,7 +183,7 @@ def test_every_room_has_benchmarks():
         assert len(set(names)) == len(names), op
         assert any(case.quick for case in cases), f"{op}: no quick case"
         for case in cases:
-            assert "eager" in case.peers, f"{op} {case.name}: no eager peer"
+            assert op not in rooms or "eager" in case.peers, f"{op} {case.name}: no eager peer"
             assert case.flops or case.bytes, f"{op} {case.name}: no limit"
             assert case.dtype in CEILINGS.flops, f"{op} {case.name}: {case.dtype}"
 
