@@ -12,9 +12,6 @@ namespace dsa::DSA_ISA {
 
 inline constexpr int kTileRows = 4;
 
-// splat adds 0, which the compiler must keep (-0 + 0 is 0); subtracting it folds into the load.
-inline Vec broadcast(float x) { return x - Vec{}; }
-
 struct View {  // a matrix of floats by strides
     const float* data;
     int64_t row, column;
@@ -65,18 +62,5 @@ inline void gemm_tile(int64_t m, int64_t n, int64_t k, View a, const float* b, i
         gemm_columns<1>(m, k, a, b + j, ldb, c + j, ldc, accumulate);
     }
 }
-
-// x[0, n) as floats.
-template <typename T>
-inline void widen(const T* x, int64_t n, float* out) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i));
-    for (; i < n; ++i) out[i] = to_float(x[i]);
-}
-
-// softmax numerator of a score; keeps a NaN a NaN
-inline Vec exp_or_nan(Vec x) { return x == x ? vexp(x) : x; }
-
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 }  // namespace dsa::DSA_ISA

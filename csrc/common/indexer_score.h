@@ -247,7 +247,7 @@ class IndexerScorer {
         int64_t j = 0;
         for (; j + kHeads <= heads; j += kHeads) add_heads<kHeads>(q + j * dim, w + j, dim, sum);
         for (; j < heads; ++j) add_heads<1>(q + j * dim, w + j, dim, sum);
-        const Vec nothing = splat(-std::numeric_limits<float>::infinity());
+        const Vec nothing = splat(-kInf);
         for (int v = 0; v < kVectors; ++v) {
             VecI exists;
             std::memcpy(&exists, exists_ + v * kLanes, sizeof exists);

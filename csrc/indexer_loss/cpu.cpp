@@ -167,7 +167,7 @@ class Worker {
             }
             store(scores + s, sum);
         }
-        std::fill(scores + n, scores + kBlock, -std::numeric_limits<float>::infinity());
+        std::fill(scores + n, scores + kBlock, -kInf);
     }
 
     // p of group g into p, 0 from n on.
@@ -211,7 +211,7 @@ class Worker {
 
 // The sums of one token over its keys.
 struct Sums {
-    float max = -std::numeric_limits<float>::infinity();
+    float max = -kInf;
     double total = 0;  // of exp(I - max)
     double mass = 0;   // of p
     double cross = 0;  // of p (log p - I)
@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor> indexer_loss(
     Tensor mass = zeros_like_device(lse, {in.num_tokens}, ScalarType::Float);
     float *loss_out = mutable_data<float>(loss), *mass_out = mutable_data<float>(mass);
     float* lse_out = mutable_data<float>(index_lse);
-    std::fill(lse_out, lse_out + in.num_tokens, -std::numeric_limits<float>::infinity());
+    std::fill(lse_out, lse_out + in.num_tokens, -kInf);
 
     const std::vector<Task> tasks = make_tasks(in, cu_seqlens_q, cu_seqlens_k);
     const int64_t num_tasks = static_cast<int64_t>(tasks.size());
@@ -368,14 +368,8 @@ class Backward {
     std::vector<double> d_weights;  // [tile][Hi]
 };
 
-void narrow(const float* x, int64_t n, const Tensor& out, int64_t offset) {
-    const bool half = out.scalar_type() == ScalarType::BFloat16;
-    for (int64_t i = 0; i < n; i += kLanes) {
-        if (half)
-            store(mutable_data<bf16>(out) + offset + i, load(x + i));
-        else
-            store(mutable_data<float>(out) + offset + i, load(x + i));
-    }
+void narrow_to(const Tensor& out, int64_t offset, const float* x, int64_t n) {
+    with_dtype(out, [&]<typename T>(T) { narrow(x, n, mutable_data<T>(out) + offset); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> indexer_loss_bwd(
@@ -402,7 +396,7 @@ std::tuple<Tensor, Tensor, Tensor> indexer_loss_bwd(
                 const Task& task = tasks[c];
                 backward.run(task, data<float>(dloss), data<float>(index_lse), data<float>(mass),
                              partial + copy * in.num_keys * key);
-                narrow(backward.d_q.data(), task.count * token, d_index_q, task.first * token);
+                narrow_to(d_index_q, task.first * token, backward.d_q.data(), task.count * token);
                 float* out = mutable_data<float>(d_weights) + task.first * in.index_heads;
                 for (int64_t i = 0; i < task.count * in.index_heads; ++i)
                     out[i] = static_cast<float>(backward.d_weights[i]);
@@ -414,7 +408,7 @@ std::tuple<Tensor, Tensor, Tensor> indexer_loss_bwd(
         for (int64_t copy = 1; copy < copies; ++copy)
             for (int64_t d = 0; d < key; d += kLanes)
                 store(sum + d, load(sum + d) + load(sum + copy * in.num_keys * key + d));
-        narrow(sum, key, d_index_k, r * key);
+        narrow_to(d_index_k, r * key, sum, key);
     });
     return {d_index_q, d_index_k, d_weights};
 }

@@ -22,10 +22,6 @@ constexpr int64_t kTile = 32;  // rows widened at a time: 16 KB of floats
 constexpr int64_t kMaxDim = 128;
 constexpr int64_t kRange = 1024;  // keys a dk / dv task owns: 1 MB of sums at D = 128
 constexpr int kWide = kLanes == 16 ? 4 : 2;
-// A weight in every lane. Unlike x + 0, x - 0 is x for every x: no instruction.
-inline Vec broadcast(float x) { return x - Vec{}; }
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Sums of neighbours of a, then of b: single lanes inside every 128 bits (kGroup 1), or whole
 // groups of four lanes (kGroup 4).
@@ -88,7 +84,7 @@ struct Rows {
 // Floats a block of scores takes: n rounded up to whole vectors of [keys][kBlock].
 template <int kBlock>
 int64_t padded_size(int64_t n) {
-    return (n * kBlock + kLanes - 1) / kLanes * kLanes;
+    return round_up(n * kBlock, kLanes);
 }
 
 // scores[b][i][h] = rows[i] . heads[b][h], for `blocks` blocks of heads [kBlock][dim].
@@ -167,14 +163,12 @@ void add_outer(const float* weights, const int32_t* positions, int64_t n, int64_
     }
 }
 
-inline Vec exp_or_nan(Vec x) { return x == x ? vexp(x) : x; }
-
 // Softmax over the n rows of one block of scores, in place; lse[kBlock].
 template <int kBlock>
 void softmax_columns(float* scores, int64_t n, float* lse) {
     const int64_t size = padded_size<kBlock>(n);
-    std::fill(scores + n * kBlock, scores + size, -kInfinity);
-    Vec top = splat(-kInfinity);
+    std::fill(scores + n * kBlock, scores + size, -kInf);
+    Vec top = splat(-kInf);
     for (int64_t i = 0; i < size; i += kLanes) top = vmax(load(scores + i), top);
     top = across_keys<kBlock>(top, [](float a, float b) { return a > b ? a : b; });
     Vec sum{};
@@ -267,11 +261,6 @@ void widen_heads(const Packed<T>& x, int64_t token, int64_t g, const Shape3& sha
     }
 }
 
-template <typename T>
-void narrow(const float* source, int64_t n, T* out) {
-    for (int64_t d = 0; d < n; d += kLanes) store(out + d, load(source + d));
-}
-
 template <int kBlock, typename T>
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Selection& selection,
              float scale, const Tensor& out, float* lse) {
@@ -289,7 +278,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Selection&
             if (token != listed) n = selection.positions(token, positions.data());
             listed = token;
             std::fill(sums.begin(), sums.end(), 0.0f);
-            std::fill(block_lse.begin(), block_lse.end(), -kInfinity);
+            std::fill(block_lse.begin(), block_lse.end(), -kInf);
             if (n > 0) {
                 const Rows<T> k_rows{keys.at(0, g), keys.row_stride, positions.data(), n};
                 const Rows<T> v_rows{values.at(0, g), values.row_stride, positions.data(), n};

@@ -12,7 +12,6 @@ namespace dsa::DSA_ISA {
 
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kPage = 64, kBlock = 64;
 
 // The request of a token: the one before the first boundary above it; -1 if there is none.
@@ -164,8 +163,9 @@ std::tuple<Tensor, Tensor> sparse_decode(const Tensor& q, const Tensor& k_cache,
                                          const Tensor& cu_q, double scale) {
     Tensor out = empty_like_device(q, {q.sizes()[0], q.sizes()[1], q.sizes()[2]}, q.scalar_type());
     Tensor lse = empty_like_device(q, {q.sizes()[0], q.sizes()[1]}, ScalarType::Float);
-    const auto run = q.scalar_type() == ScalarType::Float ? &decode<float> : &decode<bf16>;
-    run(q, k_cache, v_cache, indices, page_table, lengths, cu_q, scale, out, lse);
+    with_dtype(q, [&]<typename T>(T) {
+        decode<T>(q, k_cache, v_cache, indices, page_table, lengths, cu_q, scale, out, lse);
+    });
     return {out, lse};
 }
 

@@ -9,8 +9,6 @@
 
 namespace dsa::DSA_ISA {
 
-inline constexpr float kInf = std::numeric_limits<float>::infinity();
-
 struct Forward {
     int64_t dim, group, columns;
     std::vector<float> queries, out, scores, keys, values, highest, total, factor;
@@ -136,11 +134,7 @@ std::tuple<Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, co
                                             double scale, bool deterministic) {
     Tensor out = empty_like_device(q, {q.sizes()[0], q.sizes()[1], q.sizes()[2]}, q.scalar_type());
     Tensor lse = empty_like_device(q, {q.sizes()[0], q.sizes()[1]}, ScalarType::Float);
-    if (q.scalar_type() == ScalarType::Float) {
-        forward<float>(q, k, v, cu_q, cu_k, causal, scale, out, lse);
-    } else {
-        forward<bf16>(q, k, v, cu_q, cu_k, causal, scale, out, lse);
-    }
+    with_dtype(q, [&]<typename T>(T) { forward<T>(q, k, v, cu_q, cu_k, causal, scale, out, lse); });
     return {out, lse};
 }
 
