@@ -18,6 +18,7 @@
 #include <memory>
 
 #include "common/cpu.h"
+#include "common/sequence_bounds.h"
 #include "common/simd.h"
 
 namespace dsa::DSA_ISA {
@@ -202,16 +203,10 @@ class GemmTile {
     std::unique_ptr<float[]> a_, b_, c_;
 };
 
-// The rows of each expert: [begin(e), end(e)), from offsets clamped to [0, rows] and made
-// non-decreasing, so that ranges never overlap.
+// The rows of each expert: [begin(e), end(e)).
 class Groups {
   public:
-    Groups(const Tensor& offsets, int64_t rows) {
-        int64_t last = 0;
-        for (int64_t e = 0; e < offsets.numel(); ++e)
-            bounds_.push_back(
-                last = std::max(last, std::clamp<int64_t>(data<int32_t>(offsets)[e], 0, rows)));
-    }
+    Groups(const Tensor& offsets, int64_t rows) : bounds_(sequence_bounds(offsets, rows)) {}
     int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
     int64_t begin(int64_t e) const { return bounds_[e]; }
     int64_t end(int64_t e) const { return bounds_[e + 1]; }

@@ -13,6 +13,7 @@
 // backward. Sparse blocks are packed for one token only, which costs about a third on top.
 #include "common/cpu.h"
 
+#include "common/sequence_bounds.h"
 #include "common/simd.h"
 #include "indexer_loss/panels.h"
 
@@ -95,19 +96,16 @@ struct Task {
 
 std::vector<Task> make_tasks(const Inputs& in, const Tensor& cu_seqlens_q,
                              const Tensor& cu_seqlens_k) {
-    const int32_t *cu_q = data<int32_t>(cu_seqlens_q), *cu_k = data<int32_t>(cu_seqlens_k);
+    const auto bounds_q = sequence_bounds(cu_seqlens_q, in.num_tokens);
+    const auto bounds_k = sequence_bounds(cu_seqlens_k, in.num_keys);
     const int64_t tile = in.sparse ? 1 : kTile;
     std::vector<Task> tasks;
-    int64_t q_begin = std::clamp<int64_t>(cu_q[0], 0, in.num_tokens);
-    int64_t k_begin = std::clamp<int64_t>(cu_k[0], 0, in.num_keys);
-    for (int64_t s = 1; s < cu_seqlens_q.sizes()[0]; ++s) {
-        const int64_t q_end = std::max(q_begin, std::min<int64_t>(cu_q[s], in.num_tokens));
-        const int64_t k_end = std::max(k_begin, std::min<int64_t>(cu_k[s], in.num_keys));
-        for (int64_t t = q_begin; t < q_end; t += tile)
-            tasks.push_back({t, std::min(tile, q_end - t), k_begin, k_end - k_begin,
-                             (k_end - k_begin) - (q_end - q_begin) + (t - q_begin) + 1});
-        q_begin = q_end;
-        k_begin = k_end;
+    for (size_t s = 0; s + 1 < bounds_q.size(); ++s) {
+        const int64_t q_end = bounds_q[s + 1], k_begin = bounds_k[s];
+        const int64_t num_keys = bounds_k[s + 1] - k_begin;
+        for (int64_t t = bounds_q[s]; t < q_end; t += tile)
+            tasks.push_back(
+                {t, std::min(tile, q_end - t), k_begin, num_keys, num_keys - (q_end - t) + 1});
     }
     return tasks;
 }

@@ -14,6 +14,7 @@
 // Bound by the gather of rows from L2 and L3, then by FMAs (8 per 6 loads).
 #include "common/cpu.h"
 
+#include "common/sequence_bounds.h"
 #include "common/simd.h"
 
 namespace dsa::DSA_ISA {
@@ -193,34 +194,24 @@ struct Packed {
     T* at(int64_t row, int64_t head) const { return base + row * row_stride + head * head_stride; }
 };
 
-// Start of every sequence and the end of the last: clamped to [0, size] and never decreasing.
-inline std::vector<int64_t> sequence_ends(const Tensor& cu_seqlens, int64_t size) {
-    const int32_t* values = data<int32_t>(cu_seqlens);
-    std::vector<int64_t> ends(cu_seqlens.sizes()[0]);
-    int64_t top = 0;
-    for (size_t i = 0; i < ends.size(); ++i)
-        ends[i] = top = std::max(top, std::clamp<int64_t>(values[i], 0, size));
-    return ends;
-}
-
 struct Selection {
     const int32_t* indices;
     int64_t stride, topk;
-    std::vector<int64_t> ends_q, ends_k;
+    std::vector<int64_t> bounds_q, bounds_k;
 
     Selection(const Tensor& ids, const Tensor& cu_q, const Tensor& cu_k, int64_t keys)
         : indices(data<int32_t>(ids)),
           stride(ids.stride(0)),
           topk(ids.sizes()[1]),
-          ends_q(sequence_ends(cu_q, ids.sizes()[0])),
-          ends_k(sequence_ends(cu_k, keys)) {}
+          bounds_q(sequence_bounds(cu_q, ids.sizes()[0])),
+          bounds_k(sequence_bounds(cu_k, keys)) {}
 
     // Writes the packed positions of the keys that a token selects, ascending; returns how many.
     int64_t positions(int64_t token, int32_t* out) const {
-        const auto next = std::upper_bound(ends_q.begin(), ends_q.end(), token);
-        if (next == ends_q.begin() || next == ends_q.end()) return 0;
-        const int64_t s = next - ends_q.begin() - 1;
-        const int64_t first = ends_k[s], length = ends_k[s + 1] - first;
+        const auto next = std::upper_bound(bounds_q.begin(), bounds_q.end(), token);
+        if (next == bounds_q.begin() || next == bounds_q.end()) return 0;
+        const int64_t s = next - bounds_q.begin() - 1;
+        const int64_t first = bounds_k[s], length = bounds_k[s + 1] - first;
         const int32_t* row = indices + token * stride;
         int64_t n = 0;
         bool ascending = true;

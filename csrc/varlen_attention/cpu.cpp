@@ -102,7 +102,8 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu
              const Tensor& cu_k, bool causal, float scale, const Tensor& out, const Tensor& lse) {
     const int64_t heads = q.sizes()[1], dim = q.sizes()[2], kv_heads = k.sizes()[1];
     const int64_t group = heads / kv_heads, tokens = std::max<int64_t>(kTileLanes / group, 1);
-    const auto bounds_q = bounds_of(cu_q, q.sizes()[0]), bounds_k = bounds_of(cu_k, k.sizes()[0]);
+    const auto bounds_q = sequence_bounds(cu_q, q.sizes()[0]),
+               bounds_k = sequence_bounds(cu_k, k.sizes()[0]);
     const auto tiles = tiles_of(bounds_q, tokens);
     T* result = mutable_data<T>(out);
     float* lse_out = mutable_data<float>(lse);

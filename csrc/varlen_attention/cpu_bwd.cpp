@@ -219,9 +219,9 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
         row_deltas<T>(dout, dlse, out, delta.data());
         const int64_t heads = q.sizes()[1], kv_heads = k.sizes()[1];
         backward<T>({data<T>(q), data<T>(k), data<T>(v), data<T>(dout), q.stride(0), k.stride(0),
-                     v.stride(0), data<float>(lse), delta.data(), bounds_of(cu_q, q.sizes()[0]),
-                     bounds_of(cu_k, k.sizes()[0]), heads, kv_heads, heads / kv_heads, q.sizes()[2],
-                     causal, float(scale)},
+                     v.stride(0), data<float>(lse), delta.data(),
+                     sequence_bounds(cu_q, q.sizes()[0]), sequence_bounds(cu_k, k.sizes()[0]),
+                     heads, kv_heads, heads / kv_heads, q.sizes()[2], causal, float(scale)},
                     dq, dk, dv);
     });
     return {dq, dk, dv};
