@@ -1,4 +1,5 @@
-// The small matrix product that the attention kernels of the CPU are made of, and its panels.
+// The small matrix product that the attention kernels of the CPU are made of, its panels, and the
+// online softmax between two of them.
 //
 // C[M, N] (+)= A[M, K] B[K, N] in float. A is read element by element with any two strides, so it
 // may be a transposed view; B and C are rows of vectors: N a multiple of kLanes, M one of
@@ -61,6 +62,25 @@ inline void gemm_tile(int64_t m, int64_t n, int64_t k, View a, const float* b, i
     } else if (j < n) {
         gemm_columns<1>(m, k, a, b + j, ldb, c + j, ldc, accumulate);
     }
+}
+
+// One step of the online softmax of kLanes columns: the scores [count, n] become numerators, `out`
+// [dim, n] what it is under the new maximum. All point at the first of the columns.
+inline void online_softmax(float* scores, int64_t count, int64_t n, float* highest, float* total,
+                           float* out, int64_t dim) {
+    const Vec before = load(highest);
+    Vec now = before, sum{};
+    for (int64_t j = 0; j < count; ++j) now = vmax(now, load(scores + j * n));
+    const Vec shift = now == splat(-kInf) ? Vec{} : now;
+    for (int64_t j = 0; j < count; ++j) {
+        const Vec p = exp_or_nan(load(scores + j * n) - shift);
+        store(scores + j * n, p);
+        sum = sum + p;
+    }
+    const Vec alpha = vexp(before - shift);
+    store(highest, now);
+    store(total, load(total) * alpha + sum);
+    for (int64_t d = 0; d < dim; ++d) store(out + d * n, load(out + d * n) * alpha);
 }
 
 }  // namespace dsa::DSA_ISA

@@ -68,25 +68,6 @@ struct Decode {
           highest(n),
           total(n) {}
 
-    void softmax(int64_t count) {
-        for (int64_t c = 0; c < n; c += kLanes) {
-            float* column = scores.data() + c;
-            const Vec before = load(&highest[c]);
-            Vec now = before, sum{};
-            for (int64_t j = 0; j < count; ++j) now = vmax(now, load(column + j * n));
-            const Vec shift = now == splat(-kInf) ? Vec{} : now;
-            for (int64_t j = 0; j < count; ++j) {
-                const Vec p = exp_or_nan(load(column + j * n) - shift);
-                store(column + j * n, p);
-                sum = sum + p;
-            }
-            const Vec alpha = vexp(before - shift);
-            store(&highest[c], now);
-            store(&total[c], load(&total[c]) * alpha + sum);
-            for (int64_t d = 0; d < dim; ++d) store(&out[d * n + c], load(&out[d * n + c]) * alpha);
-        }
-    }
-
     void run(const T* q, const Cache& k_cache, const Cache& v_cache, int64_t head,
              const Selection& selection, float scale, T* result, float* lse) {
         std::fill(queries.begin(), queries.end(), 0.0f);
@@ -113,7 +94,8 @@ struct Decode {
             std::fill(keys.begin() + count * dim, keys.begin() + padded * dim, 0.0f);
             gemm_tile(padded, n, dim, {keys.data(), dim, 1}, queries.data(), n, scores.data(), n,
                       false);
-            softmax(count);
+            for (int64_t c = 0; c < n; c += kLanes)
+                online_softmax(&scores[c], count, n, &highest[c], &total[c], &out[c], dim);
             gemm_tile(dim, n, count, {values.data(), 1, dim}, scores.data(), n, out.data(), n,
                       true);
             std::memcpy(slots, ahead, sizeof slots);

@@ -41,23 +41,7 @@ struct Forward {
                     store(column + j * n, position < limit ? s : splat(-kInf));
                 }
             }
-            const Vec before = load(&highest[c]);
-            Vec now = before;
-            for (int64_t j = 0; j < count; ++j) now = vmax(now, load(column + j * n));
-            const Vec shift = now == splat(-kInf) ? Vec{} : now;
-            Vec sum{};
-            for (int64_t j = 0; j < count; ++j) {
-                const Vec p = exp_or_nan(load(column + j * n) - shift);
-                store(column + j * n, p);
-                sum = sum + p;
-            }
-            const Vec alpha = vexp(before - shift);
-            store(&highest[c], now);
-            store(&total[c], load(&total[c]) * alpha + sum);
-            for (int64_t d = 0; d < dim; ++d) {
-                float* o = out.data() + d * n + c;
-                store(o, load(o) * alpha);
-            }
+            online_softmax(column, count, n, &highest[c], &total[c], &out[c], dim);
         }
     }
 
