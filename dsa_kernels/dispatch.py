@@ -195,6 +195,12 @@ def is_hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index) == (9, 0)
 
 
+@functools.cache
+def has_fp8_units(device: torch.device) -> bool:
+    """Whether a device converts and multiplies e4m3 in hardware (compute capability 8.9 and newer)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _forced_tiers() -> tuple[str, ...]:
     if _forced:
         return _forced[-1]

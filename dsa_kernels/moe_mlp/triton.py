@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..grouped_gemm.triton import config, dot, is_small, multiply
+from ..grouped_gemm.triton import config, is_small, multiply
 from ..grouped_gemm.triton_tiles import NO_TILE, fitting_stages, tile_and_column, tile_list
+from ..triton_math import mma
 
 GROUP_M = 8
 # (rows an expert up to, BLOCK_M, BLOCK_F, BLOCK_K, warps, stages): up; BLOCK_M is also down's
@@ -86,7 +87,7 @@ def moe_mlp_up_kernel(x, w13, act, h, tiles, row_token, num_tiles, num_tokens, F
                     b = tl.load(w_ptrs)
                 else:
                     b = tl.load(w_ptrs, mask=(k[:, None] < K - k0) & (f[None, :] < F), other=0.0)
-                acc = dot(a, b, acc)
+                acc = mma(a, b, acc)
                 x_ptrs += BLOCK_K
                 w_ptrs += BLOCK_K
         acc = tl.where(known[:, None], acc, 0.0)

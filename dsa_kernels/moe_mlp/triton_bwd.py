@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..grouped_gemm.triton import config, dot, is_small, multiply, weight_gradient
+from ..grouped_gemm.triton import config, is_small, multiply, weight_gradient
 from ..grouped_gemm.triton_tiles import fitting_stages, tile_and_column, tile_list
+from ..triton_math import mma
 from .triton import combine, halves
 
 GROUP_M = 8
@@ -83,7 +84,7 @@ def moe_mlp_bwd_dh_kernel(dout, w2, h, dh, act, parts, weights, slot_row, row_to
                 b = tl.load(w_ptrs)
             else:
                 b = tl.load(w_ptrs, mask=(k[:, None] < K - k0) & (f[None, :] < F), other=0.0)
-            acc = dot(a, b, acc)
+            acc = mma(a, b, acc)
             a_ptrs += BLOCK_K
             w_ptrs += step
 

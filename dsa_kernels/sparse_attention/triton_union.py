@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_math import popcount
+
 BLOCK_T = 16
 UNION_CAPACITY = 12288  # keys a list holds; a tile that needs more is cheaper to gather by token
 LIST_BYTES = 180_000_000  # lists of one chunk
@@ -34,14 +36,6 @@ TILE_FIELDS = tl.constexpr(5)  # a row of map_tiles
 @triton.jit
 def maximum_of(a, b):
     return tl.maximum(a, b)
-
-
-@triton.jit
-def popcount(x):
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return (x * 0x01010101) >> 24
 
 
 @triton.jit

@@ -17,15 +17,13 @@ import triton
 import triton.language as tl
 
 from ..dispatch import is_hopper
+from ..triton_math import LN_2, LOG2_E, mma
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by head dim
 TILES_HOPPER = {64: (128, 128, 8, 3), 72: (128, 64, 8, 3), 128: (128, 64, 8, 3)}
 TILES = {64: (64, 64, 4, 2), 72: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
 TILES_FP32 = {64: (16, 32, 4, 1), 72: (16, 32, 4, 1), 128: (16, 32, 4, 1)}
 MAX_SEQUENCES = 1024  # boundaries that find_tile reads at once
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -52,14 +50,6 @@ def find_tile(cu_a, cu_b, num_seqs, total_a, total_b, tile, BLOCK: tl.constexpr,
     end_a = tl.where(above > num_seqs, total_a, end_a)  # behind the last sequence
     end_b = tl.where((above > num_seqs) | (above == 0), begin_b, end_b)
     return begin_a + (tile - first) * BLOCK, begin_a, end_a, begin_b, end_b
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "interpreter":  # it multiplies bf16 as integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -90,15 +80,14 @@ def store_rows(base, STRIDE: tl.constexpr, row, limit, x, D: tl.constexpr, FROM:
 
 @triton.jit
 def attend(acc, acc_hi, highest, total, q, q_hi, k, v, begin, end, keys, visible, scale_log2,
-           K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
+           K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """The online softmax over the keys [begin, end); row r sees the keys below visible[r]."""
     for n in tl.range(begin, end, BLOCK_N):
         k_lo = load_rows(k, K_STRIDE, n, keys, D, 0, LO, BLOCK_N, MASKED)
-        s = dot(q, k_lo.T, None, PRECISION)
+        s = mma(q, k_lo.T)
         if HI > 0:
             k_hi = load_rows(k, K_STRIDE, n, keys, D, LO, HI, BLOCK_N, MASKED)
-            s = dot(q_hi, k_hi.T, s, PRECISION)
+            s = mma(q_hi, k_hi.T, s)
         if MASKED:
             column = n + tl.arange(0, BLOCK_N)
             s = tl.where(column[None, :] < visible[:, None], s, -float("inf"))
@@ -112,10 +101,10 @@ def attend(acc, acc_hi, highest, total, q, q_hi, k, v, begin, end, keys, visible
         highest = now
         p = p.to(q.dtype)
         v_lo = load_rows(v, V_STRIDE, n, keys, D, 0, LO, BLOCK_N, MASKED)
-        acc = dot(p, v_lo, acc * alpha[:, None], PRECISION)
+        acc = mma(p, v_lo, acc * alpha[:, None])
         if HI > 0:
             v_hi = load_rows(v, V_STRIDE, n, keys, D, LO, HI, BLOCK_N, MASKED)
-            acc_hi = dot(p, v_hi, acc_hi * alpha[:, None], PRECISION)
+            acc_hi = mma(p, v_hi, acc_hi * alpha[:, None])
     return acc, acc_hi, highest, total
 
 
@@ -123,7 +112,7 @@ def attend(acc, acc_hi, highest, total, q, q_hi, k, v, begin, end, keys, visible
 def varlen_attention_fwd_kernel(q, k, v, out, lse, cu_q, cu_k, num_seqs, T, L,
                                 num_tiles, scale_log2, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                                 LO: tl.constexpr, HI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                                SEQS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                                SEQS: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
     head = tl.program_id(0) % H
     tile = num_tiles - 1 - tl.program_id(0) // H
     row, begin_q, end_q, begin_k, end_k = find_tile(cu_q, cu_k, num_seqs, T, L, tile, BLOCK_M, SEQS)
@@ -153,11 +142,11 @@ def varlen_attention_fwd_kernel(q, k, v, out, lse, cu_q, cu_k, num_seqs, T, L,
     total = tl.zeros([BLOCK_M], tl.float32)
     acc, acc_hi, highest, total = attend(
         acc, acc_hi, highest, total, q_lo, q_hi, k_base, v_base, 0, full, keys, visible,
-        scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, False, PRECISION,
+        scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, False,
     )  # fmt: skip
     acc, acc_hi, highest, total = attend(
         acc, acc_hi, highest, total, q_lo, q_hi, k_base, v_base, full, end, keys, visible,
-        scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, True, PRECISION,
+        scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, True,
     )  # fmt: skip
 
     seen = total != 0.0
@@ -174,11 +163,6 @@ def varlen_attention_fwd_kernel(q, k, v, out, lse, cu_q, cu_k, num_seqs, T, L,
 def columns(dim: int) -> dict[str, int]:
     """How the head dim is split: LO columns, a power of two, and HI more."""
     return {"D": dim, "LO": 64 if dim == 72 else dim, "HI": 16 if dim == 72 else 0}
-
-
-def precision(x: torch.Tensor) -> str:
-    """How `dot` multiplies; bf16 products are the same in "ieee" and "tf32"."""
-    return "ieee" if x.device.type == "cuda" else "interpreter"
 
 
 def tiles_for(x: torch.Tensor, hopper: dict, portable: dict, fp32: dict) -> tuple[int, ...]:
@@ -204,7 +188,6 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale,
     varlen_attention_fwd_kernel[(num_tiles * H,)](
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, num_seqs, T, L, num_tiles,
         softmax_scale * LOG2_E.value, Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), H=H, GROUP=H // G, **columns(D), BLOCK_M=block_m, BLOCK_N=block_n,
-        SEQS=sequence_block(num_seqs), CAUSAL=causal, PRECISION=precision(q), num_warps=num_warps,
-        num_stages=num_stages,
+        SEQS=sequence_block(num_seqs), CAUSAL=causal, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out, lse
