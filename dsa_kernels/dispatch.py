@@ -45,11 +45,17 @@ class Implementation:
     function: str | None = None
 
 
+# The rows that most tables end with.
+TRITON = Implementation("triton", "triton")
+CPU = Implementation("cpu")
+REFERENCE = Implementation("reference", "reference")
+
+
 @dataclass(frozen=True)
 class Op:
     name: str
     room: str
-    check: Callable[..., None]
+    check: Callable[..., object]
     table: tuple[Implementation, ...]
 
     def __call__(self, *args: Any) -> Any:
@@ -97,7 +103,7 @@ def register(
     name: str,
     *,
     room: str,
-    check: Callable[..., None],
+    check: Callable[..., object],
     fake: Callable[..., Any],
     table: Sequence[Implementation],
     setup_context: Callable[..., None] | None = None,
