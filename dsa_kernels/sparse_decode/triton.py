@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 
 from ..triton_math import LN_2, LOG2_E, mma
+from ..triton_sequences import boundary_block
 
 SPLIT = {torch.bfloat16: 128, torch.float32: 32}  # entries a program
 PARTIAL_WARPS = 4
 COMBINE_WARPS = 2
 COMBINE_BLOCK = 16  # splits combined at once
 PAGE = tl.constexpr(64)
-MAX_REQUESTS = 1024  # boundaries read at once
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def sparse_decode(q, k_cache, v_cache, indices, page_table, lengths, cu_seqlens_
             k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1), indices.stride(0),
             page_table.stride(0), K, page_table.shape[1], num_pages, num_requests, num_splits,
             softmax_scale * LOG2_E.value, H=H, G=G, D=D, ROWS=max(16, triton.next_power_of_2(H // G)), SPLIT=split,
-            REQUESTS=min(triton.next_power_of_2(num_requests + 1), MAX_REQUESTS), num_warps=PARTIAL_WARPS,
+            REQUESTS=boundary_block(num_requests), num_warps=PARTIAL_WARPS,
         )  # fmt: skip
     sparse_decode_combine_kernel[(T * H,)](
         partial,

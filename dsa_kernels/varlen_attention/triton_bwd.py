@@ -7,7 +7,7 @@
    dV += P^T dO, dP^T = V dO^T, dK += dS^T Q.
 
 Seven products where a backward with atomic dq needs five: the price of determinism here. Keys and queries outside all
-sequences have tiles of their own (see triton.py) and get 0.
+sequences have tiles of their own (triton_sequences.py) and get 0.
 """
 
 import torch
@@ -15,14 +15,8 @@ import triton
 import triton.language as tl
 
 from ..triton_math import LOG2_E, mma
-from .triton import (
-    columns,
-    find_tile,
-    load_rows,
-    sequence_block,
-    store_rows,
-    tiles_for,
-)
+from ..triton_sequences import boundary_block, find_tile, most_tiles
+from .triton import columns, load_rows, store_rows, tiles_for
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by head dim; M queries, N keys
 DQ_HOPPER = {64: (128, 64, 8, 3), 72: (128, 64, 8, 2), 128: (128, 64, 8, 2)}
@@ -206,7 +200,7 @@ def varlen_attention_bwd(
     inputs = (dout, scalars[0], scalars[1], q, k, v)
     lengths = (cu_seqlens_q, cu_seqlens_k, num_seqs, T, L)
     constants = {
-        "Q_STRIDE": q.stride(0), "K_STRIDE": k.stride(0), "V_STRIDE": v.stride(0), **columns(D), "SEQS": sequence_block(num_seqs), "CAUSAL": causal,
+        "Q_STRIDE": q.stride(0), "K_STRIDE": k.stride(0), "V_STRIDE": v.stride(0), **columns(D), "SEQS": boundary_block(num_seqs), "CAUSAL": causal,
     }  # fmt: skip
     scale_log2 = softmax_scale * LOG2_E.value
     if T > 0:
@@ -215,14 +209,14 @@ def varlen_attention_bwd(
             HAS_DLSE=dlse is not None, BLOCK=ROWS, num_warps=4,
         )  # fmt: skip
         block_m, block_n, num_warps, num_stages = tiles_for(q, DQ_HOPPER, DQ, FP32)
-        num_tiles = T // block_m + num_seqs + 2
-        varlen_attention_bwd_dq_kernel[(num_tiles * H,)](
-            *inputs, dq, *lengths, num_tiles, softmax_scale, scale_log2, H=H, GROUP=H // G, BLOCK_M=block_m,
+        tiles = most_tiles(T, num_seqs, block_m)
+        varlen_attention_bwd_dq_kernel[(tiles * H,)](
+            *inputs, dq, *lengths, tiles, softmax_scale, scale_log2, H=H, GROUP=H // G, BLOCK_M=block_m,
             BLOCK_N=block_n, **constants, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if L > 0:
         block_m, block_n, num_warps, num_stages = tiles_for(q, DKV_HOPPER, DKV, FP32)
-        varlen_attention_bwd_dkv_kernel[((L // block_n + num_seqs + 2) * G,)](
+        varlen_attention_bwd_dkv_kernel[(most_tiles(L, num_seqs, block_n) * G,)](
             *inputs, dk, dv, *lengths, softmax_scale, scale_log2, H=H, G=G, BLOCK_M=block_m, BLOCK_N=block_n,
             **constants, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
