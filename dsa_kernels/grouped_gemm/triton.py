@@ -58,6 +58,26 @@ def config(small, rows, experts, table=CONFIGS):
 
 
 @triton.jit
+def add_products(acc, a_ptrs, b_ptrs, b_step, n, N, K, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+                 BLOCK_K: tl.constexpr):  # fmt: skip
+    """acc + a b over k in [0, K), from the pointers of the first BLOCK_K; the columns n of b are < N."""
+    k = tl.arange(0, BLOCK_K)
+    for k0 in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=k[None, :] < K - k0, other=0.0)
+        if EVEN_K and EVEN_N:
+            b = tl.load(b_ptrs)
+        else:
+            b = tl.load(b_ptrs, mask=(k[:, None] < K - k0) & (n[None, :] < N), other=0.0)
+        acc = mma(a, b, acc)
+        a_ptrs += BLOCK_K
+        b_ptrs += b_step
+    return acc
+
+
+@triton.jit
 def grouped_gemm_kernel(a, b, out, tiles, num_tiles, N, K, a_row, b_expert, b_n, b_k, EVEN_N: tl.constexpr,
                         EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):  # fmt: skip
@@ -75,18 +95,7 @@ def grouped_gemm_kernel(a, b, out, tiles, num_tiles, N, K, a_row, b_expert, b_n,
             b_ptrs = (b + expert.to(tl.int64) * b_expert + k.to(tl.int64)[:, None] * b_k
                       + n.to(tl.int64)[None, :] * b_n)  # fmt: skip
             step = tl.cast(b_k, tl.int64) * BLOCK_K
-            for k0 in range(0, K, BLOCK_K):
-                if EVEN_K:
-                    x = tl.load(a_ptrs)
-                else:
-                    x = tl.load(a_ptrs, mask=k[None, :] < K - k0, other=0.0)
-                if EVEN_K and EVEN_N:
-                    y = tl.load(b_ptrs)
-                else:
-                    y = tl.load(b_ptrs, mask=(k[:, None] < K - k0) & (n[None, :] < N), other=0.0)
-                acc = mma(x, y, acc)
-                a_ptrs += BLOCK_K
-                b_ptrs += step
+            acc = add_products(acc, a_ptrs, b_ptrs, step, n, N, K, EVEN_N, EVEN_K, BLOCK_K)
         out_ptrs = out + m.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=(m[:, None] < end) & (n[None, :] < N))
 
