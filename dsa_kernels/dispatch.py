@@ -45,11 +45,17 @@ class Implementation:
     function: str | None = None
 
 
+# The rows that most tables end with.
+TRITON = Implementation("triton", "triton")
+CPU = Implementation("cpu")
+REFERENCE = Implementation("reference", "reference")
+
+
 @dataclass(frozen=True)
 class Op:
     name: str
     room: str
-    check: Callable[..., None]
+    check: Callable[..., object]
     table: tuple[Implementation, ...]
 
     def __call__(self, *args: Any) -> Any:
@@ -97,7 +103,7 @@ def register(
     name: str,
     *,
     room: str,
-    check: Callable[..., None],
+    check: Callable[..., object],
     fake: Callable[..., Any],
     table: Sequence[Implementation],
     setup_context: Callable[..., None] | None = None,
@@ -193,6 +199,12 @@ def interpreting() -> bool:
 @functools.cache
 def is_hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+@functools.cache
+def has_fp8_units(device: torch.device) -> bool:
+    """Whether a device converts and multiplies e4m3 in hardware (compute capability 8.9 and newer)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _forced_tiers() -> tuple[str, ...]:

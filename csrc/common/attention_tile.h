@@ -1,4 +1,5 @@
-// The small matrix product that the attention kernels of the CPU are made of, and its panels.
+// The small matrix product that the attention kernels of the CPU are made of, its panels, and the
+// online softmax between two of them.
 //
 // C[M, N] (+)= A[M, K] B[K, N] in float. A is read element by element with any two strides, so it
 // may be a transposed view; B and C are rows of vectors: N a multiple of kLanes, M one of
@@ -11,9 +12,6 @@
 namespace dsa::DSA_ISA {
 
 inline constexpr int kTileRows = 4;
-
-// splat adds 0, which the compiler must keep (-0 + 0 is 0); subtracting it folds into the load.
-inline Vec broadcast(float x) { return x - Vec{}; }
 
 struct View {  // a matrix of floats by strides
     const float* data;
@@ -66,17 +64,23 @@ inline void gemm_tile(int64_t m, int64_t n, int64_t k, View a, const float* b, i
     }
 }
 
-// x[0, n) as floats.
-template <typename T>
-inline void widen(const T* x, int64_t n, float* out) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i));
-    for (; i < n; ++i) out[i] = to_float(x[i]);
+// One step of the online softmax of kLanes columns: the scores [count, n] become numerators, `out`
+// [dim, n] what it is under the new maximum. All point at the first of the columns.
+inline void online_softmax(float* scores, int64_t count, int64_t n, float* highest, float* total,
+                           float* out, int64_t dim) {
+    const Vec before = load(highest);
+    Vec now = before, sum{};
+    for (int64_t j = 0; j < count; ++j) now = vmax(now, load(scores + j * n));
+    const Vec shift = now == splat(-kInf) ? Vec{} : now;
+    for (int64_t j = 0; j < count; ++j) {
+        const Vec p = exp_or_nan(load(scores + j * n) - shift);
+        store(scores + j * n, p);
+        sum = sum + p;
+    }
+    const Vec alpha = vexp(before - shift);
+    store(highest, now);
+    store(total, load(total) * alpha + sum);
+    for (int64_t d = 0; d < dim; ++d) store(out + d * n, load(out + d * n) * alpha);
 }
-
-// softmax numerator of a score; keeps a NaN a NaN
-inline Vec exp_or_nan(Vec x) { return x == x ? vexp(x) : x; }
-
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 }  // namespace dsa::DSA_ISA

@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/simd.h"
 
 #define DSA_STRING_(x) #x
 #define DSA_STRING(x) DSA_STRING_(x)
@@ -60,6 +61,12 @@ const T* data(const Tensor& x) {
 template <typename T>
 T* mutable_data(const Tensor& x) {
     return static_cast<T*>(x.data_ptr());
+}
+
+// body(float{}) or body(bf16{}), by the dtype of x.
+template <typename Body>
+auto with_dtype(const Tensor& x, const Body& body) {
+    return x.scalar_type() == ScalarType::Float ? body(float{}) : body(bf16{});
 }
 
 // body(i) for i in [0, n), in chunks of at least `grain`, on torch's threads.

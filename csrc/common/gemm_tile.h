@@ -18,6 +18,7 @@
 #include <memory>
 
 #include "common/cpu.h"
+#include "common/sequence_bounds.h"
 #include "common/simd.h"
 
 namespace dsa::DSA_ISA {
@@ -28,27 +29,17 @@ inline constexpr int64_t kDotDepth = 512, kOuterDepth = 256;
 inline constexpr int kDotRows = kLanes == 16 ? 6 : 3, kDotCols = 4;
 inline constexpr int kOuterRows = kLanes == 16 ? 12 : 6, kOuterCols = 2 * kLanes;
 
-// dst[0, n) = src[0, n) in fp32, zeros up to a multiple of kLanes. A null row is a row of zeros.
-template <typename T>
-inline void widen(const T* src, int64_t n, float* dst) {
-    int64_t i = 0;
-    if (src != nullptr) {
-        for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
-        for (; i < n; ++i) dst[i] = to_float(src[i]);
-    }
-    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-    for (; i < padded; ++i) dst[i] = 0.0f;
-}
-
-// An operand is rows of contiguous elements: load(row, first, n, dst). `Plain` ones, bf16 or fp32
-// in memory, also give the address of a row: at(row).
+// An operand is rows of contiguous elements: load(row, first, n, dst) widens n of them and fills up
+// with zeros to a multiple of kLanes. `Plain` ones, bf16 or fp32 in memory, also give the address
+// of a row: at(row), null for a row of zeros.
 template <typename T, typename At>
 struct Plain {
     using Element = T;
     At at;
     void load(int64_t row, int64_t first, int64_t n, float* dst) const {
         const T* p = at(row);
-        widen(p == nullptr ? p : p + first, n, dst);
+        if (p != nullptr) widen(p + first, n, dst);
+        std::fill(dst + (p == nullptr ? 0 : n), dst + round_up(n, kLanes), 0.0f);
     }
 };
 template <typename T, typename At>
@@ -160,8 +151,6 @@ class GemmTile {
     }
 
   private:
-    static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
     void clear(int64_t m) { std::fill_n(c_.get(), m * kTileCols, 0.0f); }
 
     template <typename B>
@@ -214,16 +203,10 @@ class GemmTile {
     std::unique_ptr<float[]> a_, b_, c_;
 };
 
-// The rows of each expert: [begin(e), end(e)), from offsets clamped to [0, rows] and made
-// non-decreasing, so that ranges never overlap.
+// The rows of each expert: [begin(e), end(e)).
 class Groups {
   public:
-    Groups(const Tensor& offsets, int64_t rows) {
-        int64_t last = 0;
-        for (int64_t e = 0; e < offsets.numel(); ++e)
-            bounds_.push_back(
-                last = std::max(last, std::clamp<int64_t>(data<int32_t>(offsets)[e], 0, rows)));
-    }
+    Groups(const Tensor& offsets, int64_t rows) : bounds_(sequence_bounds(offsets, rows)) {}
     int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
     int64_t begin(int64_t e) const { return bounds_[e]; }
     int64_t end(int64_t e) const { return bounds_[e + 1]; }
@@ -283,14 +266,6 @@ void grouped_wgrad(const Groups& groups, int64_t height, int64_t width, const Le
             for (int64_t j = 0; j < n; ++j) from_float(tile.row(i)[j], row + j);
         }
     });
-}
-
-// dst[0, n) = src[0, n) in T.
-template <typename T>
-inline void narrow(const float* src, int64_t n, T* dst) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
-    for (; i < n; ++i) from_float(src[i], dst + i);
 }
 
 }  // namespace dsa::DSA_ISA

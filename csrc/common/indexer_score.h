@@ -19,6 +19,7 @@
 #include "common/cpu.h"
 #include "common/e4m3.h"
 #include "common/paging.h"
+#include "common/sequence_bounds.h"
 
 namespace dsa::DSA_ISA {
 
@@ -110,22 +111,19 @@ std::vector<RowBlock> row_blocks(const Tensor& cu_seqlens_q, int64_t tokens, int
     const int64_t rows = std::clamp<int64_t>(tokens / (4 * threads), 4, kMaxRows);
     const int64_t sequences = cu_seqlens_q.sizes()[0] - 1;
     const int32_t* cu = data<int32_t>(cu_seqlens_q);
+    const auto bounds = sequence_bounds(cu_seqlens_q, tokens);
     std::vector<RowBlock> blocks;
     const auto cut = [&](int64_t s, int64_t begin, int64_t end, int64_t num_keys) {
         for (int64_t t = begin; t < end; t += rows)
             blocks.push_back({s, t, std::min(t + rows, end), end, num_keys, width});
     };
-    int64_t done = 0;
+    cut(0, 0, bounds.front(), 0);
     for (int64_t s = 0; s < sequences; ++s) {
-        const int64_t begin = std::clamp<int64_t>(cu[s], done, tokens);
-        const int64_t end = std::clamp<int64_t>(cu[s + 1], begin, tokens);
-        cut(0, done, begin, 0);
         const size_t first = blocks.size();
-        cut(s, begin, end, keys_of.num_keys(s));
+        cut(s, bounds[s], bounds[s + 1], keys_of.num_keys(s));
         for (size_t b = first; b < blocks.size(); ++b) blocks[b].sequence_end = cu[s + 1];
-        done = end;
     }
-    cut(0, done, tokens, 0);
+    cut(0, bounds.back(), tokens, 0);
     return blocks;
 }
 
@@ -247,7 +245,7 @@ class IndexerScorer {
         int64_t j = 0;
         for (; j + kHeads <= heads; j += kHeads) add_heads<kHeads>(q + j * dim, w + j, dim, sum);
         for (; j < heads; ++j) add_heads<1>(q + j * dim, w + j, dim, sum);
-        const Vec nothing = splat(-std::numeric_limits<float>::infinity());
+        const Vec nothing = splat(-kInf);
         for (int v = 0; v < kVectors; ++v) {
             VecI exists;
             std::memcpy(&exists, exists_ + v * kLanes, sizeof exists);

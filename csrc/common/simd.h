@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace dsa::DSA_ISA {
 
@@ -20,7 +21,12 @@ typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 
+inline constexpr float kInf = std::numeric_limits<float>::infinity();
+
 inline Vec splat(float x) { return Vec{} + x; }
+// The same where it is an operand of a loop: splat adds 0, which the compiler must keep (-0 + 0 is
+// 0); x - 0 is x for every x and folds into the load.
+inline Vec broadcast(float x) { return x - Vec{}; }
 
 inline Vec load(const float* p) {
     Vec v;
@@ -58,6 +64,22 @@ inline void store(bf16* p, Vec v) {
     const VecH h = __builtin_convertvector(rounded, VecH);
     std::memcpy(p, &h, sizeof h);
 }
+
+// out[0, n) = x[0, n) as floats, and back.
+template <typename T>
+inline void widen(const T* x, int64_t n, float* out) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i));
+    for (; i < n; ++i) out[i] = to_float(x[i]);
+}
+template <typename T>
+inline void narrow(const float* x, int64_t n, T* out) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i));
+    for (; i < n; ++i) from_float(x[i], out + i);
+}
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
@@ -97,6 +119,8 @@ inline Vec vexp(Vec x) {
     const Vec y = p * (Vec)exponent;
     return x < splat(-87.33654f) ? Vec{} : y;
 }
+// The numerator of a softmax; keeps a NaN a NaN.
+inline Vec exp_or_nan(Vec x) { return x == x ? vexp(x) : x; }
 
 // sum over i of a[i] * b[i]; n a multiple of kLanes. Two accumulators hide the FMA latency.
 template <typename A, typename B>

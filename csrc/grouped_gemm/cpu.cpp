@@ -116,13 +116,11 @@ Tensor gemm_fp8(const Tensor& a, const Tensor& a_scale, const Tensor& b, const T
 }
 
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& offsets) {
-    return a.scalar_type() == ScalarType::Float ? gemm<float>(a, b, offsets)
-                                                : gemm<bf16>(a, b, offsets);
+    return with_dtype(a, [&]<typename T>(T) { return gemm<T>(a, b, offsets); });
 }
 
 Tensor grouped_gemm_wgrad(const Tensor& dc, const Tensor& a, const Tensor& offsets) {
-    return a.scalar_type() == ScalarType::Float ? wgrad<float>(dc, a, offsets)
-                                                : wgrad<bf16>(dc, a, offsets);
+    return with_dtype(a, [&]<typename T>(T) { return wgrad<T>(dc, a, offsets); });
 }
 
 }  // namespace

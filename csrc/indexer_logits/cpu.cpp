@@ -21,8 +21,7 @@ Tensor write_logits(const Tensor& q, const Tensor& weights, const Tensor& cu_seq
                          std::memcpy(out + t * width + base, scores, n * sizeof(float));
                      });
         for (int64_t t = block.begin; t < block.end; ++t)
-            std::fill(out + t * width + block.visible(t), out + (t + 1) * width,
-                      -std::numeric_limits<float>::infinity());
+            std::fill(out + t * width + block.visible(t), out + (t + 1) * width, -kInf);
     });
     return logits;
 }

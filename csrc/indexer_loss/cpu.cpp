@@ -13,6 +13,7 @@
 // backward. Sparse blocks are packed for one token only, which costs about a third on top.
 #include "common/cpu.h"
 
+#include "common/sequence_bounds.h"
 #include "common/simd.h"
 #include "indexer_loss/panels.h"
 
@@ -95,19 +96,16 @@ struct Task {
 
 std::vector<Task> make_tasks(const Inputs& in, const Tensor& cu_seqlens_q,
                              const Tensor& cu_seqlens_k) {
-    const int32_t *cu_q = data<int32_t>(cu_seqlens_q), *cu_k = data<int32_t>(cu_seqlens_k);
+    const auto bounds_q = sequence_bounds(cu_seqlens_q, in.num_tokens);
+    const auto bounds_k = sequence_bounds(cu_seqlens_k, in.num_keys);
     const int64_t tile = in.sparse ? 1 : kTile;
     std::vector<Task> tasks;
-    int64_t q_begin = std::clamp<int64_t>(cu_q[0], 0, in.num_tokens);
-    int64_t k_begin = std::clamp<int64_t>(cu_k[0], 0, in.num_keys);
-    for (int64_t s = 1; s < cu_seqlens_q.sizes()[0]; ++s) {
-        const int64_t q_end = std::max(q_begin, std::min<int64_t>(cu_q[s], in.num_tokens));
-        const int64_t k_end = std::max(k_begin, std::min<int64_t>(cu_k[s], in.num_keys));
-        for (int64_t t = q_begin; t < q_end; t += tile)
-            tasks.push_back({t, std::min(tile, q_end - t), k_begin, k_end - k_begin,
-                             (k_end - k_begin) - (q_end - q_begin) + (t - q_begin) + 1});
-        q_begin = q_end;
-        k_begin = k_end;
+    for (size_t s = 0; s + 1 < bounds_q.size(); ++s) {
+        const int64_t q_end = bounds_q[s + 1], k_begin = bounds_k[s];
+        const int64_t num_keys = bounds_k[s + 1] - k_begin;
+        for (int64_t t = bounds_q[s]; t < q_end; t += tile)
+            tasks.push_back(
+                {t, std::min(tile, q_end - t), k_begin, num_keys, num_keys - (q_end - t) + 1});
     }
     return tasks;
 }
@@ -167,7 +165,7 @@ class Worker {
             }
             store(scores + s, sum);
         }
-        std::fill(scores + n, scores + kBlock, -std::numeric_limits<float>::infinity());
+        std::fill(scores + n, scores + kBlock, -kInf);
     }
 
     // p of group g into p, 0 from n on.
@@ -211,7 +209,7 @@ class Worker {
 
 // The sums of one token over its keys.
 struct Sums {
-    float max = -std::numeric_limits<float>::infinity();
+    float max = -kInf;
     double total = 0;  // of exp(I - max)
     double mass = 0;   // of p
     double cross = 0;  // of p (log p - I)
@@ -250,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> indexer_loss(
     Tensor mass = zeros_like_device(lse, {in.num_tokens}, ScalarType::Float);
     float *loss_out = mutable_data<float>(loss), *mass_out = mutable_data<float>(mass);
     float* lse_out = mutable_data<float>(index_lse);
-    std::fill(lse_out, lse_out + in.num_tokens, -std::numeric_limits<float>::infinity());
+    std::fill(lse_out, lse_out + in.num_tokens, -kInf);
 
     const std::vector<Task> tasks = make_tasks(in, cu_seqlens_q, cu_seqlens_k);
     const int64_t num_tasks = static_cast<int64_t>(tasks.size());
@@ -368,14 +366,8 @@ class Backward {
     std::vector<double> d_weights;  // [tile][Hi]
 };
 
-void narrow(const float* x, int64_t n, const Tensor& out, int64_t offset) {
-    const bool half = out.scalar_type() == ScalarType::BFloat16;
-    for (int64_t i = 0; i < n; i += kLanes) {
-        if (half)
-            store(mutable_data<bf16>(out) + offset + i, load(x + i));
-        else
-            store(mutable_data<float>(out) + offset + i, load(x + i));
-    }
+void narrow_to(const Tensor& out, int64_t offset, const float* x, int64_t n) {
+    with_dtype(out, [&]<typename T>(T) { narrow(x, n, mutable_data<T>(out) + offset); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> indexer_loss_bwd(
@@ -402,7 +394,7 @@ std::tuple<Tensor, Tensor, Tensor> indexer_loss_bwd(
                 const Task& task = tasks[c];
                 backward.run(task, data<float>(dloss), data<float>(index_lse), data<float>(mass),
                              partial + copy * in.num_keys * key);
-                narrow(backward.d_q.data(), task.count * token, d_index_q, task.first * token);
+                narrow_to(d_index_q, task.first * token, backward.d_q.data(), task.count * token);
                 float* out = mutable_data<float>(d_weights) + task.first * in.index_heads;
                 for (int64_t i = 0; i < task.count * in.index_heads; ++i)
                     out[i] = static_cast<float>(backward.d_weights[i]);
@@ -414,7 +406,7 @@ std::tuple<Tensor, Tensor, Tensor> indexer_loss_bwd(
         for (int64_t copy = 1; copy < copies; ++copy)
             for (int64_t d = 0; d < key; d += kLanes)
                 store(sum + d, load(sum + d) + load(sum + copy * in.num_keys * key + d));
-        narrow(sum, key, d_index_k, r * key);
+        narrow_to(d_index_k, r * key, sum, key);
     });
     return {d_index_q, d_index_k, d_weights};
 }

@@ -183,7 +183,7 @@ Prepared prepare(const Tensor& q, const Tensor& k, const Tensor& gate, const Ten
                 return run(std::integral_constant<int, 128>{}, element);
         }
     };
-    return q.scalar_type() == ScalarType::Float ? with_dim(float{}) : with_dim(bf16{});
+    return with_dtype(q, with_dim);
 }
 
 Prepared indexer_prepare(const Tensor& q, const Tensor& k, const Tensor& gate,

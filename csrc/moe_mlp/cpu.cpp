@@ -227,23 +227,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Layer<T>& layer, const
 std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& w13, const Tensor& w2,
                                    const Tensor& weights, const Tensor& offsets,
                                    const Tensor& row_token, const Tensor& slot_row, bool save_h) {
-    const auto run = [&]<typename T>(T) {
+    return with_dtype(x, [&]<typename T>(T) {
         return forward(
             Layer<T>{x, w13, w2, weights, row_token, slot_row, Groups(offsets, row_token.numel())},
             save_h);
-    };
-    return x.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});
+    });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_bwd(
     const Tensor& dout, const Tensor& x, const Tensor& h, const Tensor& w13, const Tensor& w2,
     const Tensor& weights, const Tensor& offsets, const Tensor& row_token, const Tensor& slot_row) {
-    const auto run = [&]<typename T>(T) {
+    return with_dtype(x, [&]<typename T>(T) {
         return backward(
             Layer<T>{x, w13, w2, weights, row_token, slot_row, Groups(offsets, row_token.numel())},
             dout, h);
-    };
-    return x.scalar_type() == ScalarType::Float ? run(float{}) : run(bf16{});
+    });
 }
 
 }  // namespace

@@ -29,8 +29,8 @@ double sum_exactly(int64_t n, const Term& term) {
 // Buffers of one row, padded to whole vectors.
 struct Row {
     explicit Row(int64_t num_experts)
-        : padded((num_experts + kLanes - 1) / kLanes * kLanes),
-          score(padded, -std::numeric_limits<float>::infinity()),
+        : padded(round_up(num_experts, kLanes)),
+          score(padded, -kInf),
           prob(padded),
           dprob(padded) {}
 
@@ -74,7 +74,7 @@ void select(const float* score, int64_t n, int64_t topk, int32_t* keys, int32_t*
             (VecI)((order_key(load(score + e)) + 1) ^ 0x80000000u);  // NaN above kTaken
         std::memcpy(keys + e, &key, sizeof key);
     }
-    std::fill(keys + n, keys + (n + kLanes - 1) / kLanes * kLanes, kTaken);
+    std::fill(keys + n, keys + round_up(n, kLanes), kTaken);
     for (int64_t j = 0; j < topk; ++j) {
         VecI best = VecI{} + kTaken, position{};
         for (int32_t e = 0; e < n; e += kLanes) {
@@ -180,9 +180,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_router(const Tensor& logits, int6
     Tensor ids = empty_like_device(logits, {tokens, topk}, ScalarType::Int);
     Tensor counts = empty_like_device(logits, {num_experts}, ScalarType::Int);
     Tensor prob_sum = empty_like_device(logits, {num_experts}, ScalarType::Float);
-    const auto run = logits.scalar_type() == ScalarType::Float ? &route<float> : &route<bf16>;
-    run(logits, topk, normalize, mutable_data<float>(weights), mutable_data<int32_t>(ids),
-        mutable_data<int32_t>(counts), mutable_data<float>(prob_sum));
+    with_dtype(logits, [&]<typename T>(T) {
+        route<T>(logits, topk, normalize, mutable_data<float>(weights), mutable_data<int32_t>(ids),
+                 mutable_data<int32_t>(counts), mutable_data<float>(prob_sum));
+    });
     return {weights, ids, counts, prob_sum};
 }
 
@@ -192,11 +193,9 @@ Tensor moe_router_bwd(const Tensor& dweights, std::optional<Tensor> dprob_sum, c
     Tensor dlogits = empty_like_device(logits, shape, logits.scalar_type());
     const float* dw = data<float>(dweights);
     const float* dp = dprob_sum ? data<float>(*dprob_sum) : nullptr;
-    if (logits.scalar_type() == ScalarType::Float) {
-        route_bwd<float>(logits, ids, dw, dp, normalize, mutable_data<float>(dlogits));
-    } else {
-        route_bwd<bf16>(logits, ids, dw, dp, normalize, mutable_data<bf16>(dlogits));
-    }
+    with_dtype(logits, [&]<typename T>(T) {
+        route_bwd<T>(logits, ids, dw, dp, normalize, mutable_data<T>(dlogits));
+    });
     return dlogits;
 }
 

@@ -21,24 +21,8 @@ struct Half {
 
 template <typename T>
 void read(const T* from, int64_t n, Half& to) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to.x + i, load(from + i));
-    for (; i < n; ++i) to.x[i] = to_float(from[i]);
-    for (; i % kLanes; ++i) to.x[i] = 0.0f;  // a NaN head may have left NaN here
-}
-
-template <typename T>
-void write(const Half& from, int64_t n, T* to) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from.x + i));
-    for (; i < n; ++i) from_float(from.x[i], to + i);
-}
-
-void read_any(const Tensor& from, int64_t offset, int64_t n, Half& to) {
-    if (from.scalar_type() == ScalarType::Float)
-        read(data<float>(from) + offset, n, to);
-    else
-        read(data<bf16>(from) + offset, n, to);
+    widen(from, n, to.x);
+    std::fill(to.x + n, to.x + round_up(n, kLanes), 0.0f);  // a NaN head may have left NaN here
 }
 
 // q or k: its heads, its weight, and where the results go.
@@ -50,11 +34,13 @@ struct Heads {
           token_stride(t.stride(0)),
           head_stride(t.stride(1)),
           half(t.sizes()[2] / 2),
-          padded((half + kLanes - 1) / kLanes * kLanes),
+          padded(round_up(half, kLanes)),
           norm(weight.has_value()) {
         if (!norm) return;
-        read_any(*weight, 0, half, w1);
-        read_any(*weight, half, half, w2);
+        with_dtype(*weight, [&]<typename W>(W) {
+            read(data<W>(*weight), half, w1);
+            read(data<W>(*weight) + half, half, w2);
+        });
     }
 
     const T* head(int64_t token, int64_t h) const {
@@ -90,8 +76,8 @@ struct Heads {
                 store(x1.x + i, a * c - b * s);
                 store(x2.x + i, b * c + a * s);
             }
-            write(x1, half, out + row(token, h));
-            write(x2, half, out + row(token, h) + half);
+            narrow(x1.x, half, out + row(token, h));
+            narrow(x2.x, half, out + row(token, h) + half);
         }
     }
 
@@ -125,8 +111,8 @@ struct Heads {
                     store(g2.x + i, splat(inverse) * (load(g2.x + i) - load(x2.x + i) * mean));
                 }
             }
-            write(g1, half, dx + row(token, h));
-            write(g2, half, dx + row(token, h) + half);
+            narrow(g1.x, half, dx + row(token, h));
+            narrow(g2.x, half, dx + row(token, h) + half);
         }
         for (int64_t i = 0; norm && i < half; ++i) {
             dweight[i] += dw1.x[i];
@@ -195,26 +181,14 @@ Tensor weight_gradient(const Tensor& like, const std::optional<Tensor>& weight,
     if (!weight) return empty_like_device(like, {0}, like.scalar_type());
     const int64_t n = weight->sizes()[0];
     Tensor gradient = empty_like_device(*weight, {n}, weight->scalar_type());
-    const bool is_float = weight->scalar_type() == ScalarType::Float;
-    for (int64_t i = 0; i < n; ++i) {
-        if (is_float)
-            from_float(float(total[i]), mutable_data<float>(gradient) + i);
-        else
-            from_float(float(total[i]), mutable_data<bf16>(gradient) + i);
-    }
+    with_dtype(gradient, [&]<typename T>(T) {
+        for (int64_t i = 0; i < n; ++i) from_float(float(total[i]), mutable_data<T>(gradient) + i);
+    });
     return gradient;
 }
 
 Tensor contiguous_like(const Tensor& x) {
     return empty_like_device(x, {x.sizes()[0], x.sizes()[1], x.sizes()[2]}, x.scalar_type());
-}
-
-template <typename Body>
-void with_dtype(const Tensor& x, const Body& body) {
-    if (x.scalar_type() == ScalarType::Float)
-        body(float{});
-    else
-        body(bf16{});
 }
 
 }  // namespace

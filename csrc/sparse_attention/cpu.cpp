@@ -14,6 +14,7 @@
 // Bound by the gather of rows from L2 and L3, then by FMAs (8 per 6 loads).
 #include "common/cpu.h"
 
+#include "common/sequence_bounds.h"
 #include "common/simd.h"
 
 namespace dsa::DSA_ISA {
@@ -22,10 +23,6 @@ constexpr int64_t kTile = 32;  // rows widened at a time: 16 KB of floats
 constexpr int64_t kMaxDim = 128;
 constexpr int64_t kRange = 1024;  // keys a dk / dv task owns: 1 MB of sums at D = 128
 constexpr int kWide = kLanes == 16 ? 4 : 2;
-// A weight in every lane. Unlike x + 0, x - 0 is x for every x: no instruction.
-inline Vec broadcast(float x) { return x - Vec{}; }
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Sums of neighbours of a, then of b: single lanes inside every 128 bits (kGroup 1), or whole
 // groups of four lanes (kGroup 4).
@@ -88,7 +85,7 @@ struct Rows {
 // Floats a block of scores takes: n rounded up to whole vectors of [keys][kBlock].
 template <int kBlock>
 int64_t padded_size(int64_t n) {
-    return (n * kBlock + kLanes - 1) / kLanes * kLanes;
+    return round_up(n * kBlock, kLanes);
 }
 
 // scores[b][i][h] = rows[i] . heads[b][h], for `blocks` blocks of heads [kBlock][dim].
@@ -167,14 +164,12 @@ void add_outer(const float* weights, const int32_t* positions, int64_t n, int64_
     }
 }
 
-inline Vec exp_or_nan(Vec x) { return x == x ? vexp(x) : x; }
-
 // Softmax over the n rows of one block of scores, in place; lse[kBlock].
 template <int kBlock>
 void softmax_columns(float* scores, int64_t n, float* lse) {
     const int64_t size = padded_size<kBlock>(n);
-    std::fill(scores + n * kBlock, scores + size, -kInfinity);
-    Vec top = splat(-kInfinity);
+    std::fill(scores + n * kBlock, scores + size, -kInf);
+    Vec top = splat(-kInf);
     for (int64_t i = 0; i < size; i += kLanes) top = vmax(load(scores + i), top);
     top = across_keys<kBlock>(top, [](float a, float b) { return a > b ? a : b; });
     Vec sum{};
@@ -199,34 +194,24 @@ struct Packed {
     T* at(int64_t row, int64_t head) const { return base + row * row_stride + head * head_stride; }
 };
 
-// Start of every sequence and the end of the last: clamped to [0, size] and never decreasing.
-inline std::vector<int64_t> sequence_ends(const Tensor& cu_seqlens, int64_t size) {
-    const int32_t* values = data<int32_t>(cu_seqlens);
-    std::vector<int64_t> ends(cu_seqlens.sizes()[0]);
-    int64_t top = 0;
-    for (size_t i = 0; i < ends.size(); ++i)
-        ends[i] = top = std::max(top, std::clamp<int64_t>(values[i], 0, size));
-    return ends;
-}
-
 struct Selection {
     const int32_t* indices;
     int64_t stride, topk;
-    std::vector<int64_t> ends_q, ends_k;
+    std::vector<int64_t> bounds_q, bounds_k;
 
     Selection(const Tensor& ids, const Tensor& cu_q, const Tensor& cu_k, int64_t keys)
         : indices(data<int32_t>(ids)),
           stride(ids.stride(0)),
           topk(ids.sizes()[1]),
-          ends_q(sequence_ends(cu_q, ids.sizes()[0])),
-          ends_k(sequence_ends(cu_k, keys)) {}
+          bounds_q(sequence_bounds(cu_q, ids.sizes()[0])),
+          bounds_k(sequence_bounds(cu_k, keys)) {}
 
     // Writes the packed positions of the keys that a token selects, ascending; returns how many.
     int64_t positions(int64_t token, int32_t* out) const {
-        const auto next = std::upper_bound(ends_q.begin(), ends_q.end(), token);
-        if (next == ends_q.begin() || next == ends_q.end()) return 0;
-        const int64_t s = next - ends_q.begin() - 1;
-        const int64_t first = ends_k[s], length = ends_k[s + 1] - first;
+        const auto next = std::upper_bound(bounds_q.begin(), bounds_q.end(), token);
+        if (next == bounds_q.begin() || next == bounds_q.end()) return 0;
+        const int64_t s = next - bounds_q.begin() - 1;
+        const int64_t first = bounds_k[s], length = bounds_k[s + 1] - first;
         const int32_t* row = indices + token * stride;
         int64_t n = 0;
         bool ascending = true;
@@ -267,11 +252,6 @@ void widen_heads(const Packed<T>& x, int64_t token, int64_t g, const Shape3& sha
     }
 }
 
-template <typename T>
-void narrow(const float* source, int64_t n, T* out) {
-    for (int64_t d = 0; d < n; d += kLanes) store(out + d, load(source + d));
-}
-
 template <int kBlock, typename T>
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Selection& selection,
              float scale, const Tensor& out, float* lse) {
@@ -289,7 +269,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Selection&
             if (token != listed) n = selection.positions(token, positions.data());
             listed = token;
             std::fill(sums.begin(), sums.end(), 0.0f);
-            std::fill(block_lse.begin(), block_lse.end(), -kInfinity);
+            std::fill(block_lse.begin(), block_lse.end(), -kInf);
             if (n > 0) {
                 const Rows<T> k_rows{keys.at(0, g), keys.row_stride, positions.data(), n};
                 const Rows<T> v_rows{values.at(0, g), values.row_stride, positions.data(), n};

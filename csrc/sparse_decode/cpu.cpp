@@ -12,7 +12,6 @@ namespace dsa::DSA_ISA {
 
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kPage = 64, kBlock = 64;
 
 // The request of a token: the one before the first boundary above it; -1 if there is none.
@@ -69,25 +68,6 @@ struct Decode {
           highest(n),
           total(n) {}
 
-    void softmax(int64_t count) {
-        for (int64_t c = 0; c < n; c += kLanes) {
-            float* column = scores.data() + c;
-            const Vec before = load(&highest[c]);
-            Vec now = before, sum{};
-            for (int64_t j = 0; j < count; ++j) now = vmax(now, load(column + j * n));
-            const Vec shift = now == splat(-kInf) ? Vec{} : now;
-            for (int64_t j = 0; j < count; ++j) {
-                const Vec p = exp_or_nan(load(column + j * n) - shift);
-                store(column + j * n, p);
-                sum = sum + p;
-            }
-            const Vec alpha = vexp(before - shift);
-            store(&highest[c], now);
-            store(&total[c], load(&total[c]) * alpha + sum);
-            for (int64_t d = 0; d < dim; ++d) store(&out[d * n + c], load(&out[d * n + c]) * alpha);
-        }
-    }
-
     void run(const T* q, const Cache& k_cache, const Cache& v_cache, int64_t head,
              const Selection& selection, float scale, T* result, float* lse) {
         std::fill(queries.begin(), queries.end(), 0.0f);
@@ -114,7 +94,8 @@ struct Decode {
             std::fill(keys.begin() + count * dim, keys.begin() + padded * dim, 0.0f);
             gemm_tile(padded, n, dim, {keys.data(), dim, 1}, queries.data(), n, scores.data(), n,
                       false);
-            softmax(count);
+            for (int64_t c = 0; c < n; c += kLanes)
+                online_softmax(&scores[c], count, n, &highest[c], &total[c], &out[c], dim);
             gemm_tile(dim, n, count, {values.data(), 1, dim}, scores.data(), n, out.data(), n,
                       true);
             std::memcpy(slots, ahead, sizeof slots);
@@ -164,8 +145,9 @@ std::tuple<Tensor, Tensor> sparse_decode(const Tensor& q, const Tensor& k_cache,
                                          const Tensor& cu_q, double scale) {
     Tensor out = empty_like_device(q, {q.sizes()[0], q.sizes()[1], q.sizes()[2]}, q.scalar_type());
     Tensor lse = empty_like_device(q, {q.sizes()[0], q.sizes()[1]}, ScalarType::Float);
-    const auto run = q.scalar_type() == ScalarType::Float ? &decode<float> : &decode<bf16>;
-    run(q, k_cache, v_cache, indices, page_table, lengths, cu_q, scale, out, lse);
+    with_dtype(q, [&]<typename T>(T) {
+        decode<T>(q, k_cache, v_cache, indices, page_table, lengths, cu_q, scale, out, lse);
+    });
     return {out, lse};
 }
 

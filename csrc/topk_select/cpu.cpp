@@ -25,7 +25,7 @@ void select_rows(const Tensor& scores, int64_t topk, const int32_t* starts, cons
                 values = source;
             } else {
                 widened.resize(n);
-                for (int64_t i = 0; i < n; ++i) widened[i] = to_float(source[i]);
+                widen(source, n, widened.data());
                 values = widened.data();
             }
             row.select(values, n, topk, out + r * topk);
@@ -39,11 +39,7 @@ Tensor topk_select(const Tensor& scores, int64_t topk, std::optional<Tensor> sta
     const int32_t* s = starts ? data<int32_t>(*starts) : nullptr;
     const int32_t* n = lengths ? data<int32_t>(*lengths) : nullptr;
     int32_t* out = mutable_data<int32_t>(indices);
-    if (scores.scalar_type() == ScalarType::Float) {
-        select_rows<float>(scores, topk, s, n, out);
-    } else {
-        select_rows<bf16>(scores, topk, s, n, out);
-    }
+    with_dtype(scores, [&]<typename T>(T) { select_rows<T>(scores, topk, s, n, out); });
     return indices;
 }
 

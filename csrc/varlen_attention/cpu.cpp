@@ -9,8 +9,6 @@
 
 namespace dsa::DSA_ISA {
 
-inline constexpr float kInf = std::numeric_limits<float>::infinity();
-
 struct Forward {
     int64_t dim, group, columns;
     std::vector<float> queries, out, scores, keys, values, highest, total, factor;
@@ -43,23 +41,7 @@ struct Forward {
                     store(column + j * n, position < limit ? s : splat(-kInf));
                 }
             }
-            const Vec before = load(&highest[c]);
-            Vec now = before;
-            for (int64_t j = 0; j < count; ++j) now = vmax(now, load(column + j * n));
-            const Vec shift = now == splat(-kInf) ? Vec{} : now;
-            Vec sum{};
-            for (int64_t j = 0; j < count; ++j) {
-                const Vec p = exp_or_nan(load(column + j * n) - shift);
-                store(column + j * n, p);
-                sum = sum + p;
-            }
-            const Vec alpha = vexp(before - shift);
-            store(&highest[c], now);
-            store(&total[c], load(&total[c]) * alpha + sum);
-            for (int64_t d = 0; d < dim; ++d) {
-                float* o = out.data() + d * n + c;
-                store(o, load(o) * alpha);
-            }
+            online_softmax(column, count, n, &highest[c], &total[c], &out[c], dim);
         }
     }
 
@@ -104,7 +86,8 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu
              const Tensor& cu_k, bool causal, float scale, const Tensor& out, const Tensor& lse) {
     const int64_t heads = q.sizes()[1], dim = q.sizes()[2], kv_heads = k.sizes()[1];
     const int64_t group = heads / kv_heads, tokens = std::max<int64_t>(kTileLanes / group, 1);
-    const auto bounds_q = bounds_of(cu_q, q.sizes()[0]), bounds_k = bounds_of(cu_k, k.sizes()[0]);
+    const auto bounds_q = sequence_bounds(cu_q, q.sizes()[0]),
+               bounds_k = sequence_bounds(cu_k, k.sizes()[0]);
     const auto tiles = tiles_of(bounds_q, tokens);
     T* result = mutable_data<T>(out);
     float* lse_out = mutable_data<float>(lse);
@@ -136,11 +119,7 @@ std::tuple<Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, co
                                             double scale, bool deterministic) {
     Tensor out = empty_like_device(q, {q.sizes()[0], q.sizes()[1], q.sizes()[2]}, q.scalar_type());
     Tensor lse = empty_like_device(q, {q.sizes()[0], q.sizes()[1]}, ScalarType::Float);
-    if (q.scalar_type() == ScalarType::Float) {
-        forward<float>(q, k, v, cu_q, cu_k, causal, scale, out, lse);
-    } else {
-        forward<bf16>(q, k, v, cu_q, cu_k, causal, scale, out, lse);
-    }
+    with_dtype(q, [&]<typename T>(T) { forward<T>(q, k, v, cu_q, cu_k, causal, scale, out, lse); });
     return {out, lse};
 }
 

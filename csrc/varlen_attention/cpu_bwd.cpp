@@ -12,8 +12,6 @@ namespace dsa::DSA_ISA {
 
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
 template <typename T>
 struct Problem {
     const T *q, *k, *v, *dout;
@@ -217,20 +215,15 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
     };
     Tensor dq = zeros(q), dk = zeros(k), dv = zeros(v);
     std::vector<float> delta(out.sizes()[0] * out.sizes()[1]);
-    const auto run = [&]<typename T>(T) {
+    with_dtype(q, [&]<typename T>(T) {
         row_deltas<T>(dout, dlse, out, delta.data());
         const int64_t heads = q.sizes()[1], kv_heads = k.sizes()[1];
         backward<T>({data<T>(q), data<T>(k), data<T>(v), data<T>(dout), q.stride(0), k.stride(0),
-                     v.stride(0), data<float>(lse), delta.data(), bounds_of(cu_q, q.sizes()[0]),
-                     bounds_of(cu_k, k.sizes()[0]), heads, kv_heads, heads / kv_heads, q.sizes()[2],
-                     causal, float(scale)},
+                     v.stride(0), data<float>(lse), delta.data(),
+                     sequence_bounds(cu_q, q.sizes()[0]), sequence_bounds(cu_k, k.sizes()[0]),
+                     heads, kv_heads, heads / kv_heads, q.sizes()[2], causal, float(scale)},
                     dq, dk, dv);
-    };
-    if (q.scalar_type() == ScalarType::Float) {
-        run(float{});
-    } else {
-        run(bf16{});
-    }
+    });
     return {dq, dk, dv};
 }
 

@@ -7,21 +7,12 @@
 
 #include "common/attention_tile.h"
 #include "common/cpu.h"
+#include "common/sequence_bounds.h"
 
 namespace dsa::DSA_ISA {
 
 inline constexpr int64_t kTileLanes = 96;  // columns of a tile: two panels of 3 vectors in AVX-512
 inline constexpr int64_t kBlock = 64;      // rows of the blocks a tile meets
-
-// The running maximum of cu_seqlens, clamped to [0, total]: ascending whatever the tensor holds.
-inline std::vector<int64_t> bounds_of(const Tensor& cu_seqlens, int64_t total) {
-    const int32_t* values = data<int32_t>(cu_seqlens);
-    std::vector<int64_t> bounds(cu_seqlens.sizes()[0]);
-    int64_t last = 0;
-    for (size_t s = 0; s < bounds.size(); ++s)
-        bounds[s] = last = std::clamp<int64_t>(values[s], last, total);
-    return bounds;
-}
 
 struct Tile {
     int64_t sequence, begin, count;  // begin: relative to the sequence

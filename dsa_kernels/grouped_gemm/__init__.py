@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..checks import FLOATS, FP8, FP32, INT32, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, Implementation, register
 from .autograd import backward, setup_context
 
 BLOCK = 128  # columns that share an FP8 scale; for weights also rows
@@ -186,11 +186,7 @@ _op = register(
     room=__name__,
     check=_check,
     fake=lambda a, b, offsets: a.new_empty((a.shape[0], b.shape[1])),
-    table=[
-        Implementation("triton", "triton"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[TRITON, CPU, REFERENCE],
     setup_context=setup_context,
     backward=backward,
 )
@@ -200,11 +196,7 @@ _wgrad_op = register(
     room=__name__,
     check=_check_wgrad,
     fake=lambda dc, a, offsets: a.new_empty((offsets.shape[0] - 1, dc.shape[1], a.shape[1])),
-    table=[
-        Implementation("triton", "triton"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[TRITON, CPU, REFERENCE],
 )
 
 _fp8_op = register(
@@ -214,9 +206,5 @@ _fp8_op = register(
     fake=lambda a, a_scale, b, b_scale, offsets: a.new_empty(
         (a.shape[0], b.shape[1]), dtype=torch.bfloat16
     ),
-    table=[
-        Implementation("triton", "triton_scaled"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[Implementation("triton", "triton_scaled"), CPU, REFERENCE],
 )

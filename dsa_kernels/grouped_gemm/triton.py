@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import interpreting
+from ..triton_math import mma
 from .triton_tiles import (
     NO_TILE,
     expert_rows,
@@ -29,7 +29,6 @@ from .triton_tiles import (
     tile_list,
 )
 
-INTERPRETED = tl.constexpr(interpreting())
 GROUP_M = 8  # tiles a band, see triton_tiles
 # (rows an expert up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages). The first row is for fp32, and for bf16 whose
 # strides rule out 16-byte loads: without wide asynchronous loads a large tile spills.
@@ -59,11 +58,23 @@ def config(small, rows, experts, table=CONFIGS):
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a b; float32 operands keep their precision."""
-    if INTERPRETED:  # its tl.dot takes the bits of a bfloat16 for an integer
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
+def add_products(acc, a_ptrs, b_ptrs, b_step, n, N, K, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+                 BLOCK_K: tl.constexpr):  # fmt: skip
+    """acc + a b over k in [0, K), from the pointers of the first BLOCK_K; the columns n of b are < N."""
+    k = tl.arange(0, BLOCK_K)
+    for k0 in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=k[None, :] < K - k0, other=0.0)
+        if EVEN_K and EVEN_N:
+            b = tl.load(b_ptrs)
+        else:
+            b = tl.load(b_ptrs, mask=(k[:, None] < K - k0) & (n[None, :] < N), other=0.0)
+        acc = mma(a, b, acc)
+        a_ptrs += BLOCK_K
+        b_ptrs += b_step
+    return acc
 
 
 @triton.jit
@@ -84,18 +95,7 @@ def grouped_gemm_kernel(a, b, out, tiles, num_tiles, N, K, a_row, b_expert, b_n,
             b_ptrs = (b + expert.to(tl.int64) * b_expert + k.to(tl.int64)[:, None] * b_k
                       + n.to(tl.int64)[None, :] * b_n)  # fmt: skip
             step = tl.cast(b_k, tl.int64) * BLOCK_K
-            for k0 in range(0, K, BLOCK_K):
-                if EVEN_K:
-                    x = tl.load(a_ptrs)
-                else:
-                    x = tl.load(a_ptrs, mask=k[None, :] < K - k0, other=0.0)
-                if EVEN_K and EVEN_N:
-                    y = tl.load(b_ptrs)
-                else:
-                    y = tl.load(b_ptrs, mask=(k[:, None] < K - k0) & (n[None, :] < N), other=0.0)
-                acc = dot(x, y, acc)
-                a_ptrs += BLOCK_K
-                b_ptrs += step
+            acc = add_products(acc, a_ptrs, b_ptrs, step, n, N, K, EVEN_N, EVEN_K, BLOCK_K)
         out_ptrs = out + m.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=(m[:, None] < end) & (n[None, :] < N))
 
@@ -144,7 +144,7 @@ def grouped_gemm_wgrad_kernel(dc, a, out, offsets, tokens, experts, rows, num_to
         if GATHER_DC or GATHER_A:
             ahead = row + BLOCK_R
             token = tl.load(tokens + ahead, mask=ahead < end, other=-1)
-        acc = dot(tl.trans(x), y, acc)
+        acc = mma(tl.trans(x), y, acc)
     out_ptrs = out + (expert.to(tl.int64) * N + n.to(tl.int64))[:, None] * K + k[None, :]
     tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=(n[:, None] < N) & (k[None, :] < K))
 

@@ -6,29 +6,20 @@ keeps about 14 bits within a step; below compute capability 8.9 the operands bec
 exactly.
 """
 
-import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import has_fp8_units
+from ..triton_math import e4m3_to_fp16
 from .triton_tiles import NO_TILE, fitting_stages, tile_and_column, tile_list
 
 GROUP_M = 8
 BLOCK = 128  # a scale block; BLOCK_N and BLOCK_K
 # (rows an expert up to, BLOCK_M, warps, stages)
 CONFIGS = ((16, 16, 4, 4), (32, 32, 4, 4), (64, 64, 4, 4), (math.inf, 128, 8, 4))
-
-
-@triton.jit
-def e4m3_to_fp16(bits):
-    """e4m3 bytes as fp16: the fields move as they are, and 2^8 makes up for the difference of the biases."""
-    wide = bits.to(tl.uint16)
-    magnitude = wide & 0x7F
-    half = ((wide & 0x80) << 8) | (magnitude << 7)
-    value = half.to(tl.float16, bitcast=True) * 256.0
-    return tl.where(magnitude == 0x7F, float("nan"), value).to(tl.float16)
 
 
 @triton.jit
@@ -66,11 +57,6 @@ def grouped_gemm_fp8_kernel(a, a_scale, b, b_scale, out, tiles, num_tiles, N, K,
                 b_ptrs += BLOCK
         out_ptrs = out + m.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(out_ptrs, acc.to(tl.bfloat16), mask=m[:, None] < end)
-
-
-@functools.cache
-def has_fp8_units(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def grouped_gemm_fp8(a, a_scale, b, b_scale, offsets):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..checks import FP8, FP32, INT32, UINT8, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, register
 
 PAGE_SIZE = 64
 
@@ -83,16 +85,17 @@ def indexer_logits_paged(
     return _paged_op(q, weights, index_cache, page_table, lengths, cu_seqlens_q)
 
 
-def check_queries(a: Arguments, q: torch.Tensor, weights: torch.Tensor) -> None:
-    """The checks of q and weights, for both rooms that score."""
+def _check_queries(op: str, q: torch.Tensor, weights: torch.Tensor) -> Arguments:
+    a = Arguments(op)
     a.tensor("q", q, "T H D", FP8, inner=2)
     a.require(a["D"] in (32, 64, 128), "q", "a head dimension of 32, 64 or 128", a["D"])
     a.require(a["H"] >= 1, "q", "at least one head", list(q.shape))
     a.tensor("weights", weights, "T H", FP32)
+    return a
 
 
 def check_packed(
-    a: Arguments,
+    op: str,
     q: torch.Tensor,
     weights: torch.Tensor,
     k: torch.Tensor,
@@ -100,28 +103,29 @@ def check_packed(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     max_seqlen_k: int,
-) -> None:
+) -> Arguments:
     """The checks of the packed layout, for both rooms that score."""
-    check_queries(a, q, weights)
+    a = _check_queries(op, q, weights)
     a.tensor("k", k, "L D", FP8)
     a.tensor("k_scale", k_scale, "L", FP32, contiguous=True)
     a.tensor("cu_seqlens_q", cu_seqlens_q, "N", INT32, contiguous=True)
     a.require(a["N"] >= 1, "cu_seqlens_q", "shape [S+1]", list(cu_seqlens_q.shape))
     a.tensor("cu_seqlens_k", cu_seqlens_k, "N", INT32, contiguous=True)
     a.integer("max_seqlen_k", max_seqlen_k, 0, 2**31 - 1)
+    return a
 
 
 def check_paged(
-    a: Arguments,
+    op: str,
     q: torch.Tensor,
     weights: torch.Tensor,
     index_cache: torch.Tensor,
     page_table: torch.Tensor,
     lengths: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
-) -> None:
+) -> Arguments:
     """The checks of the paged layout, for both rooms that score."""
-    check_queries(a, q, weights)
+    a = _check_queries(op, q, weights)
     a.tensor("index_cache", index_cache, f"_ {PAGE_SIZE * (a['D'] + 4)}", UINT8, contiguous=True)
     offset = index_cache.storage_offset()
     a.require(offset % 4 == 0, "index_cache", "a storage offset divisible by 4", offset)
@@ -131,31 +135,7 @@ def check_paged(
     )
     a.tensor("lengths", lengths, "B", INT32, contiguous=True)
     a.tensor("cu_seqlens_q", cu_seqlens_q, "B+1", INT32, contiguous=True)
-
-
-def _check(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_k: int,
-) -> None:
-    a = Arguments("indexer_logits")
-    check_packed(a, q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
-
-
-def _check_paged(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    index_cache: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-) -> None:
-    a = Arguments("indexer_logits_paged")
-    check_paged(a, q, weights, index_cache, page_table, lengths, cu_seqlens_q)
+    return a
 
 
 def _fake(q: torch.Tensor, *args: object) -> torch.Tensor:
@@ -168,13 +148,17 @@ def _fake_paged(
     return q.new_empty((q.shape[0], page_table.shape[1] * PAGE_SIZE), dtype=torch.float32)
 
 
-_TABLE = [
-    Implementation("triton", "triton"),
-    Implementation("cpu"),
-    Implementation("reference", "reference"),
-]
-
-_op = register("indexer_logits", room=__name__, check=_check, fake=_fake, table=_TABLE)
+_op = register(
+    "indexer_logits",
+    room=__name__,
+    check=partial(check_packed, "indexer_logits"),
+    fake=_fake,
+    table=[TRITON, CPU, REFERENCE],
+)
 _paged_op = register(
-    "indexer_logits_paged", room=__name__, check=_check_paged, fake=_fake_paged, table=_TABLE
+    "indexer_logits_paged",
+    room=__name__,
+    check=partial(check_paged, "indexer_logits_paged"),
+    fake=_fake_paged,
+    table=[TRITON, CPU, REFERENCE],
 )

@@ -22,6 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import has_fp8_units
+from ..triton_math import e4m3_to_fp16
+
 PAGE_SIZE = 64
 KEY_STEP = 128  # windows of keys begin at multiples of it
 BLOCK_Q, BLOCK_K, WARPS, STAGES = 64, 128, 4, 3
@@ -60,15 +63,11 @@ def visible_keys(tokens, cu_seqlens_q, key_bounds, num_sequences, num_keys, widt
 
 @triton.jit
 def operand(codes, FP8_DOT: tl.constexpr):
-    """e4m3 for tl.dot: as loaded, or from bytes to float16 (whose exponent has the bias 15, not 7)."""
+    """e4m3 for tl.dot: as loaded, or from bytes to float16."""
     if FP8_DOT:
         return codes
     else:
-        bits = codes.to(tl.uint16)
-        magnitude = bits & 0x7F
-        half = ((bits & 0x80) << 8) | (magnitude << 7)
-        half = half.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0
-        return tl.where(magnitude == 0x7F, float("nan"), half).to(tl.float16)
+        return e4m3_to_fp16(codes)
 
 
 @triton.jit
@@ -191,10 +190,6 @@ def indexer_logits_paged_kernel(q, weights, cache, cache_scale, page_table, leng
                 tl.store(out + (t64 - first_token) * out_stride + columns, score, mask=columns < seen)  # fmt: skip
 
 
-def takes_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 def bisection_steps(cu_seqlens: torch.Tensor) -> int:
     return max(cu_seqlens.shape[0] - 2, 0).bit_length()
 
@@ -223,7 +218,7 @@ class Window:
 
 def score_packed(out, window, q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k):
     """The scores of the window into out[0:, 0:]."""
-    fp8 = takes_fp8(q.device)
+    fp8 = has_fp8_units(q.device)
     if not fp8:
         q, k = q.view(torch.uint8), k.view(torch.uint8)
     block_k, warps = (BLOCK_K, WARPS) if fp8 else (FLOAT16_BLOCK_K, FLOAT16_WARPS)
@@ -237,7 +232,7 @@ def score_packed(out, window, q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k
 
 def score_paged(out, window, q, weights, index_cache, page_table, lengths, cu_seqlens_q):
     """The same over pages."""
-    fp8 = takes_fp8(q.device)
+    fp8 = has_fp8_units(q.device)
     heads, dim = q.shape[1:]
     scales = index_cache.view(torch.float32)
     if fp8:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..checks import FLOATS, FP32, INT32, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, Implementation, register
 from .autograd import backward, setup_context
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -86,20 +87,12 @@ def indexer_loss(
     )[0]  # fmt: skip
 
 
-def _check(
-    index_q: torch.Tensor, index_k: torch.Tensor, index_weights: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-    lse: torch.Tensor, indices: torch.Tensor | None, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    softmax_scale: float, deterministic: bool,
-) -> None:  # fmt: skip
-    _check_all(Arguments("indexer_loss"), index_q, index_k, index_weights, q, k, lse, indices, cu_seqlens_q,
-               cu_seqlens_k, softmax_scale, deterministic)  # fmt: skip
-
-
-def _check_all(
-    a: Arguments, index_q: torch.Tensor, index_k: torch.Tensor, index_weights: torch.Tensor, q: torch.Tensor,
+def _check_inputs(
+    op: str, index_q: torch.Tensor, index_k: torch.Tensor, index_weights: torch.Tensor, q: torch.Tensor,
     k: torch.Tensor, lse: torch.Tensor, indices: torch.Tensor | None, cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor, softmax_scale: float, deterministic: bool,
-) -> None:  # fmt: skip
+) -> Arguments:  # fmt: skip
+    a = Arguments(op)
     a.tensor("index_q", index_q, "T Hi Di", FLOATS)
     a.require(a["Di"] in HEAD_DIMS, "index_q", "Di = 64 or 128", list(index_q.shape))
     a.require(a["Hi"] >= 1, "index_q", "at least one head", list(index_q.shape))
@@ -117,13 +110,12 @@ def _check_all(
     a.tensor("cu_seqlens_k", cu_seqlens_k, "N", INT32, contiguous=True)
     a.number("softmax_scale", softmax_scale)
     a.require(isinstance(deterministic, bool), "deterministic", "a bool", repr(deterministic))
+    return a
 
 
 def _fake(
-    index_q: torch.Tensor, index_k: torch.Tensor, index_weights: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
-    lse: torch.Tensor, indices: torch.Tensor | None, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    softmax_scale: float, deterministic: bool,
-) -> Triple:  # fmt: skip
+    index_q: torch.Tensor, index_k: torch.Tensor, index_weights: torch.Tensor, *rest: object
+) -> Triple:
     rows = index_weights.shape[:1]
     loss, index_lse, mass = (index_weights.new_empty(rows) for _ in range(3))
     return loss, index_lse, mass
@@ -134,17 +126,14 @@ def _check_bwd(
     k: torch.Tensor, lse: torch.Tensor, index_lse: torch.Tensor, mass: torch.Tensor, indices: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, softmax_scale: float, deterministic: bool,
 ) -> None:  # fmt: skip
-    a = Arguments("indexer_loss_bwd")
-    _check_all(a, index_q, index_k, index_weights, q, k, lse, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale,
-               deterministic)  # fmt: skip
+    a = _check_inputs("indexer_loss_bwd", index_q, index_k, index_weights, q, k, lse, indices, cu_seqlens_q,
+                      cu_seqlens_k, softmax_scale, deterministic)  # fmt: skip
     for name, value in (("dloss", dloss), ("index_lse", index_lse), ("mass", mass)):
         a.tensor(name, value, "T", FP32, contiguous=True)
 
 
 def _fake_bwd(
-    dloss: torch.Tensor, index_q: torch.Tensor, index_k: torch.Tensor, index_weights: torch.Tensor, q: torch.Tensor,
-    k: torch.Tensor, lse: torch.Tensor, index_lse: torch.Tensor, mass: torch.Tensor, indices: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, softmax_scale: float, deterministic: bool,
+    dloss: torch.Tensor, index_q: torch.Tensor, index_k: torch.Tensor, index_weights: torch.Tensor, *rest: object
 ) -> Triple:  # fmt: skip
     return (
         index_q.new_empty(index_q.shape),
@@ -156,13 +145,9 @@ def _fake_bwd(
 _op = register(
     "indexer_loss",
     room=__name__,
-    check=_check,
+    check=partial(_check_inputs, "indexer_loss"),
     fake=_fake,
-    table=[
-        Implementation("triton", "triton"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[TRITON, CPU, REFERENCE],
     setup_context=setup_context,
     backward=backward,
 )
@@ -171,9 +156,5 @@ register(
     room=__name__,
     check=_check_bwd,
     fake=_fake_bwd,
-    table=[
-        Implementation("triton", "triton_bwd"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[Implementation("triton", "triton_bwd"), CPU, REFERENCE],
 )

@@ -42,18 +42,7 @@ def indexer_loss(index_q, index_k, index_weights, q, k, lse, indices, cu_seqlens
     precise = torch.float64 if index_q.dtype == torch.float64 else torch.float32
     loss, mass = torch.zeros(2, q.shape[0], dtype=precise, device=q.device)
     index_lse = torch.full_like(loss, -torch.inf)
-    blocks = _blocks(
-        index_q,
-        index_k,
-        index_weights,
-        q,
-        k,
-        lse,
-        indices,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        softmax_scale,
-    )
+    blocks = _blocks(index_q, index_k, index_weights, q, k, lse, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale)  # fmt: skip
     for t, _, visible, _, _, scores, log_p in blocks:
         normaliser = scores.masked_fill(~visible, -torch.inf).logsumexp(1)
         p = log_p.exp()
@@ -69,18 +58,7 @@ def indexer_loss_bwd(dloss, index_q, index_k, index_weights, q, k, lse, index_ls
     precise = torch.float64 if index_q.dtype == torch.float64 else torch.float32
     dq, dw = torch.zeros_like(index_q), torch.zeros_like(index_weights)
     dk = torch.zeros_like(index_k, dtype=precise)
-    blocks = _blocks(
-        index_q,
-        index_k,
-        index_weights,
-        q,
-        k,
-        lse,
-        indices,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        softmax_scale,
-    )
+    blocks = _blocks(index_q, index_k, index_weights, q, k, lse, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale)  # fmt: skip
     for t, n, visible, keys, logits, scores, log_p in blocks:
         softmax = (scores - index_lse[t, None]).exp().masked_fill(~visible, 0)
         di = dloss[t, None] * (mass[t, None] * softmax - log_p.exp().sum(1))

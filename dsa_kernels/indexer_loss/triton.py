@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import interpreting
+from ..triton_math import LOG2_E, mma
 
 # (BLOCK_T, BLOCK_S) dense and BLOCK_S sparse; "fp32" is any fp32 operand: FMA units, twice the shared memory.
 BLOCKS = {"bf16": (64, 128), "fp32": (32, 64)}
@@ -27,18 +27,6 @@ SPARSE_NUM_WARPS, SPARSE_NUM_STAGES = 4, 1  # two stages take 166 KB of shared m
 PROGRAMS_PER_SM = 2
 MAX_SPLITS = 32
 CHUNK = 128  # sequences looked at together when a tile finds its own
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-INTERPRETED = tl.constexpr(interpreting())
-
-
-@triton.jit
-def mma(a, b):
-    """a . b for the matrix units, with a in b's dtype."""
-    # The interpreter's tl.dot takes the bits of a bfloat16 for an integer, and its casts to one truncate.
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a.to(b.dtype), b, input_precision="ieee")
 
 
 @triton.jit

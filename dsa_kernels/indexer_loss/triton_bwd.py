@@ -16,15 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_math import LOG2_E, mma
 from .triton import (
     CHUNK,
-    LOG2_E,
     add_group,
     find_tile,
     gathered_group,
     index_scores,
     load_rows,
-    mma,
     monotone,
     num_splits,
     padded,

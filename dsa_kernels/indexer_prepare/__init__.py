@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, float8_e4m3fn, float32
 
 from ..checks import FLOATS, FP32, INT64, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, Implementation, register
 from ..paged_cache import check_index_cache
 
 DIMS = (32, 64, 128)
@@ -90,38 +90,6 @@ def _check(
     cos: Tensor,
     sin: Tensor,
     eps: float,
-) -> None:
-    _check_prologue(q, k, gate, q_weight, k_weight, k_bias, cos, sin, eps)
-
-
-def _check_cached(
-    q: Tensor,
-    k: Tensor,
-    gate: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    index_cache: Tensor,
-    slots: Tensor,
-) -> None:
-    a = _check_prologue(q, k, gate, q_weight, k_weight, k_bias, cos, sin, eps)
-    check_index_cache(a, index_cache, int(a["D"]))
-    a.tensor("slots", slots, "T", INT64, contiguous=True)
-
-
-def _check_prologue(
-    q: Tensor,
-    k: Tensor,
-    gate: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
 ) -> Arguments:
     a = Arguments("indexer_prepare")
     a.tensor("q", q, "T H D", FLOATS)
@@ -138,8 +106,26 @@ def _check_prologue(
     return a
 
 
+def _check_cached(
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    index_cache: Tensor,
+    slots: Tensor,
+) -> None:
+    a = _check(q, k, gate, q_weight, k_weight, k_bias, cos, sin, eps)
+    check_index_cache(a, index_cache, int(a["D"]))
+    a.tensor("slots", slots, "T", INT64, contiguous=True)
+
+
 def _fake(
-    q: Tensor, k: Tensor, gate: Tensor, *others: Tensor | float
+    q: Tensor, k: Tensor, gate: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, heads, dim = q.shape
     return (
@@ -150,16 +136,12 @@ def _fake(
     )
 
 
-def _too_many_rows(q: Tensor, *others: Tensor | float) -> str | None:
+def _too_many_rows(q: Tensor, *rest: object) -> str | None:
     rows = q.shape[0] * q.shape[1]
     return None if rows < 2**31 - 2**16 else f"serves fewer than 2^31 query vectors, not {rows}"
 
 
-_table = [
-    Implementation("triton", "triton", declines=_too_many_rows),
-    Implementation("cpu"),
-    Implementation("reference", "reference"),
-]
+_table = [Implementation("triton", "triton", declines=_too_many_rows), CPU, REFERENCE]
 _prepare = register("indexer_prepare", room=__name__, check=_check, fake=_fake, table=_table)
 _prepare_cached = register(
     "indexer_prepare_cached", room=__name__, check=_check_cached, fake=_fake, table=_table

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import has_fp8_units
 from ..paged_cache.triton import load_slots
 
 NUM_WARPS = 2
@@ -212,12 +213,7 @@ def launch(q, k, gate, q_weight, k_weight, k_bias, cos, sin, eps, index_cache, s
             index_cache.view(torch.float32) if cached else None, slots, num_tokens, heads, q_tiles,
             index_cache.shape[0] if cached else 0, eps, q.stride(0), q.stride(1), k.stride(0), gate.stride(0),
             cos.stride(0), sin.stride(0), index_cache.stride(0) if cached else 0, DIM=dim,
-            NORMALIZE=dim**-0.5, ROWS=ROWS, CACHED=cached, ON_GPU=q.is_cuda, NATIVE_FP8=has_fp8_conversion(q.device),
+            NORMALIZE=dim**-0.5, ROWS=ROWS, CACHED=cached, ON_GPU=q.is_cuda, NATIVE_FP8=has_fp8_units(q.device),
             VECTOR_BITS=VECTOR_BITS[q.device.type], num_warps=NUM_WARPS,
         )  # fmt: skip
     return q_codes.view(torch.float8_e4m3fn), weights, k_codes.view(torch.float8_e4m3fn), k_scale
-
-
-def has_fp8_conversion(device):
-    """Whether the hardware converts to e4m3 (sm_89 and newer)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, register
 from ..indexer_logits import check_packed, check_paged
 
 
@@ -98,8 +97,9 @@ def _check(
     topk: int,
     max_seqlen_k: int,
 ) -> None:
-    a = Arguments("indexer_topk")
-    check_packed(a, q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_k)
+    a = check_packed(
+        "indexer_topk", q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_k
+    )
     a.integer("topk", topk, 1)
 
 
@@ -112,43 +112,24 @@ def _check_paged(
     cu_seqlens_q: torch.Tensor,
     topk: int,
 ) -> None:
-    a = Arguments("indexer_topk_paged")
-    check_paged(a, q, weights, index_cache, page_table, lengths, cu_seqlens_q)
+    a = check_paged(
+        "indexer_topk_paged", q, weights, index_cache, page_table, lengths, cu_seqlens_q
+    )
     a.integer("topk", topk, 1)
 
 
-def _fake(
-    q: torch.Tensor,
-    _w: torch.Tensor,
-    _k: torch.Tensor,
-    _s: torch.Tensor,
-    _cq: torch.Tensor,
-    _ck: torch.Tensor,
-    topk: int,
-    _max: int,
-) -> torch.Tensor:
-    return q.new_empty((q.shape[0], topk), dtype=torch.int32)
+def _fake(q: torch.Tensor, *rest: object) -> torch.Tensor:
+    topk = rest[5]  # six tensors come before it in both ops
+    return q.new_empty((q.shape[0], topk), dtype=torch.int32)  # type: ignore[arg-type]
 
 
-def _fake_paged(
-    q: torch.Tensor,
-    _w: torch.Tensor,
-    _c: torch.Tensor,
-    _p: torch.Tensor,
-    _l: torch.Tensor,
-    _cq: torch.Tensor,
-    topk: int,
-) -> torch.Tensor:
-    return q.new_empty((q.shape[0], topk), dtype=torch.int32)
-
-
-_TABLE = [
-    Implementation("triton", "triton"),
-    Implementation("cpu"),
-    Implementation("reference", "reference"),
-]
-
-_op = register("indexer_topk", room=__name__, check=_check, fake=_fake, table=_TABLE)
+_op = register(
+    "indexer_topk", room=__name__, check=_check, fake=_fake, table=[TRITON, CPU, REFERENCE]
+)
 _paged_op = register(
-    "indexer_topk_paged", room=__name__, check=_check_paged, fake=_fake_paged, table=_TABLE
+    "indexer_topk_paged",
+    room=__name__,
+    check=_check_paged,
+    fake=_fake,
+    table=[TRITON, CPU, REFERENCE],
 )

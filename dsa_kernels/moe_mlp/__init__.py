@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..checks import FLOATS, FP32, INT32, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, Implementation, register
 from ..moe_router import RoutingMap, routing_map
 from .autograd import backward, setup_context
 
@@ -71,18 +73,14 @@ def experts(
 
 
 def _routed(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    weights: torch.Tensor,
-    routing: RoutingMap,
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor, routing: RoutingMap
 ) -> torch.Tensor:
     inputs = (x, w13, w2, weights)
     needs_grad = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in inputs)
     return _op(*inputs, routing.offsets, routing.row_token, routing.slot_row, needs_grad)[0]
 
 
-def _checked(
+def _check_inputs(
     op: str,
     x: torch.Tensor,
     w13: torch.Tensor,
@@ -91,6 +89,7 @@ def _checked(
     offsets: torch.Tensor,
     row_token: torch.Tensor,
     slot_row: torch.Tensor,
+    save_h: bool = False,
 ) -> Arguments:
     a = Arguments(op)
     a.tensor("x", x, "T H", FLOATS)
@@ -104,19 +103,6 @@ def _checked(
     return a
 
 
-def _check(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    weights: torch.Tensor,
-    offsets: torch.Tensor,
-    row_token: torch.Tensor,
-    slot_row: torch.Tensor,
-    save_h: bool,
-) -> None:
-    _checked("moe_mlp", x, w13, w2, weights, offsets, row_token, slot_row)
-
-
 def _check_bwd(
     dout: torch.Tensor,
     x: torch.Tensor,
@@ -128,7 +114,7 @@ def _check_bwd(
     row_token: torch.Tensor,
     slot_row: torch.Tensor,
 ) -> None:
-    a = _checked("moe_mlp_bwd", x, w13, w2, weights, offsets, row_token, slot_row)
+    a = _check_inputs("moe_mlp_bwd", x, w13, w2, weights, offsets, row_token, slot_row)
     a.tensor("dout", dout, "T H", (x.dtype,))
     a.tensor("h", h, "N 2F", (x.dtype,), contiguous=True)
 
@@ -136,16 +122,12 @@ def _check_bwd(
 _op = register(
     "moe_mlp",
     room=__name__,
-    check=_check,
+    check=partial(_check_inputs, "moe_mlp"),
     fake=lambda x, w13, w2, weights, offsets, row_token, slot_row, save_h: (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty((row_token.shape[0] if save_h else 0, w13.shape[1])),
     ),
-    table=[
-        Implementation("triton", "triton"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[TRITON, CPU, REFERENCE],
     setup_context=setup_context,
     backward=backward,
 )
@@ -157,9 +139,5 @@ _bwd_op = register(
     fake=lambda dout, x, h, w13, w2, weights, offsets, row_token, slot_row: tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w13, w2, weights)
     ),
-    table=[
-        Implementation("triton", "triton_bwd"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[Implementation("triton", "triton_bwd"), CPU, REFERENCE],
 )

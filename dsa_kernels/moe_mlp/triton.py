@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..grouped_gemm.triton import config, dot, is_small, multiply
+from ..grouped_gemm.triton import add_products, config, is_small, multiply
 from ..grouped_gemm.triton_tiles import NO_TILE, fitting_stages, tile_and_column, tile_list
 
 GROUP_M = 8
@@ -77,18 +77,7 @@ def moe_mlp_up_kernel(x, w13, act, h, tiles, row_token, num_tiles, num_tokens, F
             w_at = expert.to(tl.int64) * w_expert + (f + pair % 2 * F).to(tl.int64) * w_row
             x_ptrs = x + tl.where(known, token, 0).to(tl.int64)[:, None] * x_row + k[None, :]
             w_ptrs = w13 + w_at[None, :] + k[:, None]
-            for k0 in range(0, K, BLOCK_K):
-                if EVEN_K:
-                    a = tl.load(x_ptrs)
-                else:
-                    a = tl.load(x_ptrs, mask=k[None, :] < K - k0, other=0.0)
-                if EVEN_K and EVEN_F:
-                    b = tl.load(w_ptrs)
-                else:
-                    b = tl.load(w_ptrs, mask=(k[:, None] < K - k0) & (f[None, :] < F), other=0.0)
-                acc = dot(a, b, acc)
-                x_ptrs += BLOCK_K
-                w_ptrs += BLOCK_K
+            acc = add_products(acc, x_ptrs, w_ptrs, BLOCK_K, f, F, K, EVEN_F, EVEN_K, BLOCK_K)
         acc = tl.where(known[:, None], acc, 0.0)
         gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_F, 2]))
         gate_low, gate_high = halves(gate, BLOCK_M, BLOCK_F // 2)

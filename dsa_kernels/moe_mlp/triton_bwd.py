@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..grouped_gemm.triton import config, dot, is_small, multiply, weight_gradient
+from ..grouped_gemm.triton import add_products, config, is_small, multiply, weight_gradient
 from ..grouped_gemm.triton_tiles import fitting_stages, tile_and_column, tile_list
 from .triton import combine, halves
 
@@ -74,18 +74,7 @@ def moe_mlp_bwd_dh_kernel(dout, w2, h, dh, act, parts, weights, slot_row, row_to
         w_ptrs = w2 + expert.to(tl.int64) * w_expert + k.to(tl.int64)[:, None] * w_row + f[None, :]
         step = tl.cast(w_row, tl.int64) * BLOCK_K
         acc = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            if EVEN_K:
-                a = tl.load(a_ptrs)
-            else:
-                a = tl.load(a_ptrs, mask=k[None, :] < K - k0, other=0.0)
-            if EVEN_K and EVEN_F:
-                b = tl.load(w_ptrs)
-            else:
-                b = tl.load(w_ptrs, mask=(k[:, None] < K - k0) & (f[None, :] < F), other=0.0)
-            acc = dot(a, b, acc)
-            a_ptrs += BLOCK_K
-            w_ptrs += step
+        acc = add_products(acc, a_ptrs, w_ptrs, step, f, F, K, EVEN_F, EVEN_K, BLOCK_K)
 
         j = tl.arange(0, TOPK)
         slot = token[:, None] * topk + j[None, :]

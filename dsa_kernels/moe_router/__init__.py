@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checks import FLOATS, INT32, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, Implementation, register
 from .autograd import backward, setup_context
 
 MAX_EXPERTS = 1024
@@ -168,11 +168,7 @@ _op = register(
     room=__name__,
     check=_check,
     fake=_fake,
-    table=[
-        Implementation("triton", "triton"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[TRITON, CPU, REFERENCE],
     setup_context=setup_context,
     backward=backward,
 )
@@ -182,9 +178,5 @@ _map_op = register(
     room=__name__,
     check=_check_map,
     fake=_fake_map,
-    table=[
-        Implementation("triton", "triton_map"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[Implementation("triton", "triton_map"), CPU, REFERENCE],
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..checks import FLOATS, FP32, INT32, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, register
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -52,23 +52,11 @@ def _check(
 
 
 def _fake(
-    dweights: torch.Tensor,
-    dprob_sum: torch.Tensor | None,
-    logits: torch.Tensor,
-    ids: torch.Tensor,
-    normalize: bool,
+    dweights: torch.Tensor, dprob_sum: torch.Tensor | None, logits: torch.Tensor, *rest: object
 ) -> torch.Tensor:
     return logits.new_empty(logits.shape)
 
 
 register(
-    "moe_router_bwd",
-    room=__package__,
-    check=_check,
-    fake=_fake,
-    table=[
-        Implementation("triton", "triton"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    "moe_router_bwd", room=__package__, check=_check, fake=_fake, table=[TRITON, CPU, REFERENCE]
 )

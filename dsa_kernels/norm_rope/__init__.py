@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from ..checks import Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, register
 from .autograd import backward, check_inputs, setup_context
 
 
@@ -49,40 +50,16 @@ def norm_rope(
     return _op(q, k, q_weight, k_weight, cos, sin, eps)
 
 
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-) -> None:
-    check_inputs(Arguments("norm_rope"), q, k, q_weight, k_weight, cos, sin, eps)
-
-
-def _fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(q: torch.Tensor, k: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 _op = register(
     "norm_rope",
     room=__name__,
-    check=_check,
+    check=partial(check_inputs, "norm_rope"),
     fake=_fake,
-    table=[
-        Implementation("triton", "triton"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[TRITON, CPU, REFERENCE],
     setup_context=setup_context,
     backward=backward,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..checks import FLOATS, FP32, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, register
 
 MAX_HEAD_DIM = 256
 
@@ -28,7 +28,7 @@ def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor
 
 
 def check_inputs(
-    a: Arguments,
+    op: str,
     q: torch.Tensor,
     k: torch.Tensor,
     q_weight: torch.Tensor | None,
@@ -36,7 +36,8 @@ def check_inputs(
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float,
-) -> None:
+) -> Arguments:
+    a = Arguments(op)
     a.tensor("q", q, "T H D", FLOATS)
     head_dim = a["D"]
     even = head_dim % 2 == 0 and 2 <= head_dim <= MAX_HEAD_DIM
@@ -50,6 +51,7 @@ def check_inputs(
             table.shape[1] * 2 == head_dim, name, f"shape [T, D/2 = {head_dim // 2}]", list(table.shape)
         )  # fmt: skip
     a.number("eps", eps)
+    return a
 
 
 def _check(
@@ -64,24 +66,15 @@ def _check(
     eps: float,
     deterministic: bool,
 ) -> None:
-    a = Arguments("norm_rope_bwd")
-    check_inputs(a, q, k, q_weight, k_weight, cos, sin, eps)
+    a = check_inputs("norm_rope_bwd", q, k, q_weight, k_weight, cos, sin, eps)
     a.tensor("dq", dq, "T H D", (q.dtype,), contiguous=True)
     a.tensor("dk", dk, "T G D", (q.dtype,), contiguous=True)
 
 
 def _fake(
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-    deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq: torch.Tensor, dk: torch.Tensor, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None, *rest: object,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     dq_weight, dk_weight = (
         q.new_empty(0) if weight is None else weight.new_empty(weight.shape)
         for weight in (q_weight, k_weight)
@@ -90,13 +83,5 @@ def _fake(
 
 
 register(
-    "norm_rope_bwd",
-    room=__package__,
-    check=_check,
-    fake=_fake,
-    table=[
-        Implementation("triton", "triton"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    "norm_rope_bwd", room=__package__, check=_check, fake=_fake, table=[TRITON, CPU, REFERENCE]
 )

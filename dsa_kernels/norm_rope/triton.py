@@ -189,19 +189,8 @@ def norm_rope(q, k, q_weight, k_weight, cos, sin, eps):
         return q_out, k_out
     strides, sizes = problem(q, k, q_weight, k_weight, cos, sin)
     norm_rope_fwd_kernel[(q.shape[0],)](
-        q,
-        k,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        q_out,
-        k_out,
-        eps,
-        *strides,
-        **sizes,
-        num_warps=FWD_WARPS,
-    )
+        q, k, q_weight, k_weight, cos, sin, q_out, k_out, eps, *strides, **sizes, num_warps=FWD_WARPS,
+    )  # fmt: skip
     return q_out, k_out
 
 

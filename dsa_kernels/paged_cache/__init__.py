@@ -11,18 +11,12 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, FP8, FP32, INT32, INT64, UINT8, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, register
 
 PAGE_SIZE = 64
 
 
-def write_kv_cache(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-) -> None:
+def write_kv_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Copies token t to the place slots[t] of both caches, in place: k_cache[slot // 64, slot % 64] = k[t].
 
     A slot outside [0, 64 * pages), -1 above all, is skipped. Slots must be distinct; where two tokens name one slot its
@@ -61,11 +55,7 @@ def write_index_cache(k: Tensor, k_scale: Tensor, index_cache: Tensor, slots: Te
 
 
 def read_kv_cache(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    total: int,
+    k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, total: int
 ) -> tuple[Tensor, Tensor]:
     """Gathers the first cu_seqlens[b+1] - cu_seqlens[b] tokens of every request b into packed tensors.
 
@@ -182,13 +172,7 @@ def _check_requests(a: Arguments, page_table: Tensor, cu_seqlens: Tensor, total:
     a.integer("total", total, 0)
 
 
-def _check_write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-) -> None:
+def _check_write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     a = Arguments("write_kv_cache")
     a.tensor("k", k, "T G D", FLOATS, inner=2)
     a.tensor("v", v, "T G D", (k.dtype,), inner=2)
@@ -206,11 +190,7 @@ def _check_write_index(k: Tensor, k_scale: Tensor, index_cache: Tensor, slots: T
 
 
 def _check_read_kv(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    total: int,
+    k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, total: int
 ) -> None:
     a = Arguments("read_kv_cache")
     _check_kv_caches(a, k_cache, v_cache)
@@ -226,11 +206,7 @@ def _check_read_index(
 
 
 def _fake_read_kv(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    total: int,
+    k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, total: int
 ) -> tuple[Tensor, Tensor]:
     shape = (total, *k_cache.shape[2:])
     return k_cache.new_empty(shape), v_cache.new_empty(shape)
@@ -248,11 +224,7 @@ def _fake_write(*args: Tensor) -> None:
     return None
 
 
-_table = [
-    Implementation("triton", "triton"),
-    Implementation("cpu"),
-    Implementation("reference", "reference"),
-]
+_table = [TRITON, CPU, REFERENCE]
 _write_kv = register(
     "write_kv_cache", room=__name__, check=_check_write_kv, fake=_fake_write, table=_table
 )

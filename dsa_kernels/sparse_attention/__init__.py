@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..checks import FLOATS, FP32, INT32, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, Implementation, register
 from . import union  # noqa: F401  (registers build_union)
 
 HEAD_DIMS = (64, 128)
@@ -69,19 +70,6 @@ def sparse_attention(
     return _op(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic)
 
 
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indices: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    softmax_scale: float,
-    deterministic: bool,
-) -> None:
-    _check_inputs("sparse_attention", q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale)
-
-
 def _check_inputs(
     op: str,
     q: torch.Tensor,
@@ -91,6 +79,7 @@ def _check_inputs(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     softmax_scale: float,
+    deterministic: bool,
 ) -> Arguments:
     a = Arguments(op)
     a.tensor("q", q, "T H D", FLOATS)
@@ -107,16 +96,7 @@ def _check_inputs(
     return a
 
 
-def _fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indices: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    softmax_scale: float,
-    deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(q: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -135,8 +115,8 @@ def _check_bwd(
     deterministic: bool,
 ) -> None:
     a = _check_inputs(
-        "sparse_attention_bwd", q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale
-    )
+        "sparse_attention_bwd", q, k, v, indices, cu_seqlens_q, cu_seqlens_k, softmax_scale, deterministic
+    )  # fmt: skip
     a.tensor("dout", dout, "T H D", (q.dtype,))
     a.tensor("out", out, "T H D", (q.dtype,))
     a.tensor("lse", lse, "T H", FP32, contiguous=True)
@@ -144,13 +124,8 @@ def _check_bwd(
 
 
 def _fake_bwd(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -181,13 +156,13 @@ def _tilelang_declines(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest:
 _op = register(
     "sparse_attention",
     room=__name__,
-    check=_check,
+    check=partial(_check_inputs, "sparse_attention"),
     fake=_fake,
     table=[
-        Implementation("triton", "triton"),
+        TRITON,
         Implementation("tilelang", "tilelang", declines=_tilelang_declines),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
+        CPU,
+        REFERENCE,
     ],
     setup_context=_setup_context,
     backward=_backward,
@@ -197,9 +172,5 @@ register(
     room=__name__,
     check=_check_bwd,
     fake=_fake_bwd,
-    table=[
-        Implementation("triton", "triton_bwd"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[Implementation("triton", "triton_bwd"), CPU, REFERENCE],
 )

@@ -14,7 +14,8 @@ import tilelang
 import torch
 from tilelang import language as T
 
-from .triton import LOG2_E, gather_overflowed
+from ..triton_math import LOG2_E
+from .triton import gather_overflowed
 from .triton_union import BLOCK_T, can_overflow, list_capacity, union_chunks
 
 BLOCK_N = 64

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import interpreting
+from ..triton_math import LN_2, LOG2_E, mma
 from .triton_union import BLOCK_T, TILE_FIELDS, can_overflow, load_tile, union_chunks
 
 BLOCK_N = 64
@@ -30,17 +30,6 @@ GATHER_STAGES = 2
 FORCE_GATHER = False  # benchmarks: the plain gather by token, whatever the overlap
 
 PENALTY = tl.constexpr(-3e38)  # of a key that a token does not select
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-INTERPRETED = tl.constexpr(interpreting())
-
-
-@triton.jit
-def mma(a, b, sums, PRECISION: tl.constexpr):
-    if INTERPRETED:  # its tl.dot takes the bits of a bfloat16 for an integer
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 @triton.jit

@@ -17,16 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_math import LOG2_E, mma
 from . import triton as forward
-from .triton import LOG2_E, mma, needs_int64, tile_rows, tile_shape
-from .triton_union import (
-    BLOCK_T,
-    TILE_FIELDS,
-    can_overflow,
-    load_tile,
-    map_tiles,
-    union_chunks,
-)
+from .triton import needs_int64, tile_rows, tile_shape
+from .triton_union import BLOCK_T, TILE_FIELDS, can_overflow, load_tile, map_tiles, union_chunks
 
 BLOCK_N = 64
 NUM_WARPS = 8

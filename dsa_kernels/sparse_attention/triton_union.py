@@ -18,6 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_math import popcount
+from ..triton_sequences import boundary_block, find_tile, most_tiles
+
 BLOCK_T = 16
 UNION_CAPACITY = 12288  # keys a list holds; a tile that needs more is cheaper to gather by token
 LIST_BYTES = 180_000_000  # lists of one chunk
@@ -32,19 +35,6 @@ TILE_FIELDS = tl.constexpr(5)  # a row of map_tiles
 
 
 @triton.jit
-def maximum_of(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def popcount(x):
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return (x * 0x01010101) >> 24
-
-
-@triton.jit
 def load_tile(tiles, tile):
     """First token, tokens, first key, keys (of the tile's sequence)."""
     row = tiles + tl.cast(tile, tl.int64) * TILE_FIELDS
@@ -52,43 +42,17 @@ def load_tile(tiles, tile):
 
 
 @triton.jit
-def map_tiles_kernel(cu_rows, cu_others, tiles, num_tiles, num_sequences, num_rows, num_others, BLOCK: tl.constexpr,
-                     TILES: tl.constexpr, SEQUENCES: tl.constexpr):  # fmt: skip
-    """Boundary j (cu_rows[j], clamped, running maximum) starts sequence j at tile boundary // BLOCK + j + 1; what lies
-    before the first and after the last boundary are sequences without keys."""
-    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    number = tl.zeros([TILES], tl.int32)  # boundaries at or before the tile
-    lower = tl.zeros([TILES], tl.int32)
-    upper = tl.zeros([TILES], tl.int32) + num_rows
-    first_other = tl.zeros([TILES], tl.int32)
-    end_other = tl.zeros([TILES], tl.int32) + num_others
-    carry = 0
-    carry_other = 0
-    for base in range(0, num_sequences + 1, SEQUENCES):
-        j = base + tl.arange(0, SEQUENCES)
-        inside = j <= num_sequences
-        bound = tl.minimum(tl.maximum(tl.load(cu_rows + j, mask=inside, other=0), 0), num_rows)
-        bound = tl.maximum(tl.associative_scan(bound, 0, maximum_of), carry)
-        carry = tl.max(bound, 0)
-        other = tl.minimum(tl.maximum(tl.load(cu_others + j, mask=inside, other=0), 0), num_others)
-        other = tl.maximum(tl.associative_scan(other, 0, maximum_of), carry_other)
-        carry_other = tl.max(other, 0)
-        before = ((bound // BLOCK + j + 1)[None, :] <= tile[:, None]) & inside[None, :]
-        after = (before == 0) & inside[None, :]
-        number += tl.sum(before.to(tl.int32), 1)
-        lower = tl.maximum(lower, tl.max(tl.where(before, bound[None, :], 0), 1))
-        upper = tl.minimum(upper, tl.min(tl.where(after, bound[None, :], num_rows), 1))
-        first_other = tl.maximum(first_other, tl.max(tl.where(before, other[None, :], 0), 1))
-        end_other = tl.minimum(end_other, tl.min(tl.where(after, other[None, :], num_others), 1))
-    first = lower + BLOCK * (tile - lower // BLOCK - number)
-    count = tl.minimum(tl.maximum(upper - first, 0), BLOCK)
-    real = (number >= 1) & (number <= num_sequences)
+def map_tiles_kernel(cu_rows, cu_others, tiles, num_sequences, num_rows, num_others, BLOCK: tl.constexpr,
+                     SEQS: tl.constexpr):  # fmt: skip
+    tile = tl.program_id(0)
+    first, begin, end, first_other, end_other = find_tile(cu_rows, cu_others, num_sequences, num_rows, num_others, tile,
+                                                          BLOCK, SEQS)  # fmt: skip
     row = tiles + tile * TILE_FIELDS
-    tl.store(row, first, mask=tile < num_tiles)
-    tl.store(row + 1, count, mask=tile < num_tiles)
-    tl.store(row + 2, first_other, mask=tile < num_tiles)
-    tl.store(row + 3, tl.where(real, end_other - first_other, 0), mask=tile < num_tiles)
-    tl.store(row + 4, first - lower, mask=tile < num_tiles)
+    tl.store(row, first)
+    tl.store(row + 1, tl.minimum(tl.maximum(end - first, 0), BLOCK))
+    tl.store(row + 2, first_other)
+    tl.store(row + 3, end_other - first_other)
+    tl.store(row + 4, first - begin)
 
 
 @triton.jit(
@@ -158,16 +122,16 @@ def build_union_kernel(indices, tiles, keys, masks, counts, bitmaps, num_tiles, 
 def map_tiles(cu_rows, cu_others, num_rows, num_others, block=BLOCK_T):
     """Cuts the sequences of `cu_rows` into tiles of `block` rows.
 
-    Returns int32 [num_rows // block + S + 2, 5]: first row, rows (0 in a spare tile), of the same sequence in
+    Returns int32 [tiles, 5]: first row, rows (0 in a spare tile), of the same sequence in
     `cu_others` the first row and their number, the first row's position in its sequence. Rows of no sequence are in
     tiles whose sequence has none of the others.
     """
     num_sequences = cu_rows.shape[0] - 1
-    num_tiles = num_rows // block + num_sequences + 2
-    tiles = torch.empty((num_tiles, TILE_FIELDS.value), dtype=torch.int32, device=cu_rows.device)
-    map_tiles_kernel[(triton.cdiv(num_tiles, 32),)](
-        cu_rows, cu_others, tiles, num_tiles, num_sequences, num_rows, num_others, BLOCK=block,
-        TILES=32, SEQUENCES=32, num_warps=4,
+    shape = (most_tiles(num_rows, num_sequences, block), TILE_FIELDS.value)
+    tiles = torch.empty(shape, dtype=torch.int32, device=cu_rows.device)
+    map_tiles_kernel[shape[:1]](
+        cu_rows, cu_others, tiles, num_sequences, num_rows, num_others, BLOCK=block, SEQS=boundary_block(num_sequences),
+        num_warps=1,
     )  # fmt: skip
     return tiles
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..checks import INT32, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import REFERENCE, Implementation, register
 
 
 def _check(
@@ -36,9 +36,5 @@ _op = register(
     room=__package__,
     check=_check,
     fake=_fake,
-    table=[
-        Implementation("cuda"),
-        Implementation("triton", "triton_union"),
-        Implementation("reference", "reference"),
-    ],
+    table=[Implementation("cuda"), Implementation("triton", "triton_union"), REFERENCE],
 )

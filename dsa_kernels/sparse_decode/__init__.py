@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..checks import FLOATS, INT32, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, register
 
 HEAD_DIMS = (64, 128)
 
@@ -78,27 +78,10 @@ def _check(
     a.number("softmax_scale", softmax_scale)
 
 
-def _fake(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    indices: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    softmax_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(q: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 _op = register(
-    "sparse_decode",
-    room=__name__,
-    check=_check,
-    fake=_fake,
-    table=[
-        Implementation("triton", "triton"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    "sparse_decode", room=__name__, check=_check, fake=_fake, table=[TRITON, CPU, REFERENCE]
 )

@@ -15,14 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..varlen_attention.triton import LN_2, LOG2_E, dot, precision
+from ..triton_math import LN_2, LOG2_E, mma
+from ..triton_sequences import boundary_block
 
 SPLIT = {torch.bfloat16: 128, torch.float32: 32}  # entries a program
 PARTIAL_WARPS = 4
 COMBINE_WARPS = 2
 COMBINE_BLOCK = 16  # splits combined at once
 PAGE = tl.constexpr(64)
-MAX_REQUESTS = 1024  # boundaries read at once
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def sparse_decode_partial_kernel(q, k_cache, v_cache, indices, page_table, lengt
                                  q_stride, k_page_stride, k_slot_stride, v_page_stride, v_slot_stride, indices_stride,
                                  table_stride, K, max_pages, num_pages, num_requests, num_splits, scale_log2,
                                  H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-                                 SPLIT: tl.constexpr, REQUESTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                                 SPLIT: tl.constexpr, REQUESTS: tl.constexpr):  # fmt: skip
     GROUP: tl.constexpr = H // G
     kv_head = tl.program_id(0) % G
     split = tl.program_id(0) // G % num_splits
@@ -75,11 +75,11 @@ def sparse_decode_partial_kernel(q, k_cache, v_cache, indices, page_table, lengt
         q + token64 * q_stride + (heads * D)[:, None] + d[None, :], mask=h[:, None] < GROUP, other=0.0
     )  # fmt: skip
 
-    s = dot(queries, k.T, None, PRECISION) * scale_log2
+    s = mma(queries, k.T) * scale_log2
     s = tl.where(valid[None, :], s, -float("inf"))
     m = tl.max(s, 1)
     p = tl.exp2(s - tl.where(m == -float("inf"), 0.0, m)[:, None])
-    acc = dot(p.to(v.dtype), v, None, PRECISION)
+    acc = mma(p.to(v.dtype), v)
 
     at = (token64 * H + heads) * num_splits + split
     tl.store(highest + at, m, mask=h < GROUP)
@@ -132,8 +132,7 @@ def sparse_decode(q, k_cache, v_cache, indices, page_table, lengths, cu_seqlens_
             k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1), indices.stride(0),
             page_table.stride(0), K, page_table.shape[1], num_pages, num_requests, num_splits,
             softmax_scale * LOG2_E.value, H=H, G=G, D=D, ROWS=max(16, triton.next_power_of_2(H // G)), SPLIT=split,
-            REQUESTS=min(triton.next_power_of_2(num_requests + 1), MAX_REQUESTS), PRECISION=precision(q),
-            num_warps=PARTIAL_WARPS,
+            REQUESTS=boundary_block(num_requests), num_warps=PARTIAL_WARPS,
         )  # fmt: skip
     sparse_decode_combine_kernel[(T * H,)](
         partial,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..checks import FLOATS, INT32, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, Implementation, register
 
 
 def topk_select(
@@ -60,10 +60,5 @@ _op = register(
     room=__name__,
     check=_check,
     fake=_fake,
-    table=[
-        Implementation("cuda"),
-        Implementation("triton", "triton"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[Implementation("cuda"), TRITON, CPU, REFERENCE],
 )

@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_math import popcount
+
 WORKSPACE_BYTES = 48 << 20
 MANY_ROWS = 264
 
@@ -37,14 +39,6 @@ def score_of(key):
     """The inverse of order_key; NaN for the keys 0 and 1."""
     bits = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return tl.where(key <= 1, 0x7FC00000, bits).to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def popcount(x):
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return (x * 0x01010101) >> 24
 
 
 @triton.jit

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..checks import FLOATS, FP32, INT32, Arguments
-from ..dispatch import Implementation, register
+from ..dispatch import CPU, REFERENCE, TRITON, Implementation, register
 from . import autograd
 
 HEAD_DIMS = (64, 72, 128)
@@ -62,7 +64,9 @@ def _check_inputs(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
+    causal: bool,
     softmax_scale: float,
+    deterministic: bool,
 ) -> Arguments:
     a = Arguments(op)
     a.tensor("q", q, "T H D", FLOATS, inner=2)
@@ -75,34 +79,12 @@ def _check_inputs(
     a.require(a["N"] >= 1, "cu_seqlens_q", "shape [S+1]", list(cu_seqlens_q.shape))
     a.tensor("cu_seqlens_k", cu_seqlens_k, "N", INT32, contiguous=True)
     a.number("softmax_scale", softmax_scale)
+    a.one_of("causal", causal, (True, False))
+    a.one_of("deterministic", deterministic, (True, False))
     return a
 
 
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    causal: bool,
-    softmax_scale: float,
-    deterministic: bool,
-) -> None:
-    a = _check_inputs("varlen_attention", q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
-    a.one_of("causal", causal, (True, False))
-    a.one_of("deterministic", deterministic, (True, False))
-
-
-def _fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    causal: bool,
-    softmax_scale: float,
-    deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(q: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -120,17 +102,17 @@ def _check_bwd(
     softmax_scale: float,
     deterministic: bool,
 ) -> None:
-    a = _check_inputs("varlen_attention_bwd", q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+    a = _check_inputs(
+        "varlen_attention_bwd", q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, deterministic
+    )  # fmt: skip
     a.tensor("dout", dout, "T H D", (q.dtype,), contiguous=True)
     a.optional("dlse", dlse, "T H", FP32, contiguous=True)
     a.tensor("out", out, "T H D", (q.dtype,), contiguous=True)
     a.tensor("lse", lse, "T H", FP32, contiguous=True)
-    a.one_of("causal", causal, (True, False))
-    a.one_of("deterministic", deterministic, (True, False))
 
 
 def _fake_bwd(
-    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -138,13 +120,9 @@ def _fake_bwd(
 _op = register(
     "varlen_attention",
     room=__name__,
-    check=_check,
+    check=partial(_check_inputs, "varlen_attention"),
     fake=_fake,
-    table=[
-        Implementation("triton", "triton"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[TRITON, CPU, REFERENCE],
     setup_context=autograd.setup_context,
     backward=autograd.backward,
 )
@@ -153,9 +131,5 @@ register(
     room=__name__,
     check=_check_bwd,
     fake=_fake_bwd,
-    table=[
-        Implementation("triton", "triton_bwd"),
-        Implementation("cpu"),
-        Implementation("reference", "reference"),
-    ],
+    table=[Implementation("triton", "triton_bwd"), CPU, REFERENCE],
 )

@@ -4,10 +4,8 @@ One program owns BLOCK_M queries of one head and walks the keys in blocks of BLO
 first the blocks that all its rows see, without a mask, then the few at the diagonal or the end of the sequence. A head
 dim of 72 is split into 64 + 16 columns (8 of them masked), not padded to 128.
 
-The grid needs no longest sequence: with b = cu_seqlens, sequence s owns the tiles from b[s] // BLOCK_M + s + 1 on, at
-least as many as it has blocks, so T // BLOCK_M + S + 2 tiles always suffice; `find_tile` finds a tile's sequence by
-reductions over cu_seqlens, one load deep, and surplus tiles exit. Tokens outside all sequences form two more, without
-keys. Heads run fastest, so the programs of a KV group share its keys in L2; heavy causal tiles start first.
+The grid needs no longest sequence: each program finds its tile (triton_sequences.py), and surplus tiles exit. Heads run
+fastest, so the programs of a KV group share its keys in L2; heavy causal tiles start first.
 
 Bound by the tensor cores and, at D = 72, as much by exp2.
 """
@@ -17,49 +15,13 @@ import triton
 import triton.language as tl
 
 from ..dispatch import is_hopper
+from ..triton_math import LN_2, LOG2_E, mma
+from ..triton_sequences import boundary_block, find_tile, most_tiles
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by head dim
 TILES_HOPPER = {64: (128, 128, 8, 3), 72: (128, 64, 8, 3), 128: (128, 64, 8, 3)}
 TILES = {64: (64, 64, 4, 2), 72: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
 TILES_FP32 = {64: (16, 32, 4, 1), 72: (16, 32, 4, 1), 128: (16, 32, 4, 1)}
-MAX_SEQUENCES = 1024  # boundaries that find_tile reads at once
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def find_tile(cu_a, cu_b, num_seqs, total_a, total_b, tile, BLOCK: tl.constexpr, SEQS: tl.constexpr):  # fmt: skip
-    """Tile `tile` of the rows a: its first row, the bounds of its sequence in a, and the bounds in b."""
-    above = num_seqs + 1  # the first boundary whose tiles start above this one
-    begin_a = 0
-    begin_b = 0
-    first = 0  # the first tile of the sequence
-    for base in range(0, num_seqs + 1, SEQS):
-        s = base + tl.arange(0, SEQS)
-        inside = s <= num_seqs
-        a = tl.minimum(tl.maximum(tl.load(cu_a + s, mask=inside, other=0), 0), total_a)
-        b = tl.minimum(tl.maximum(tl.load(cu_b + s, mask=inside, other=0), 0), total_b)
-        start = a // BLOCK + s + 1
-        above = tl.minimum(above, tl.min(tl.where(inside & (start > tile), s, num_seqs + 1)))
-        before = inside & (s < above)
-        begin_a = tl.maximum(begin_a, tl.max(tl.where(before, a, 0)))
-        begin_b = tl.maximum(begin_b, tl.max(tl.where(before, b, 0)))
-        first = tl.maximum(first, tl.max(tl.where(before, start, 0)))
-    last = tl.minimum(above, num_seqs)
-    end_a = tl.maximum(tl.minimum(tl.load(cu_a + last), total_a), begin_a)
-    end_b = tl.maximum(tl.minimum(tl.load(cu_b + last), total_b), begin_b)
-    end_a = tl.where(above > num_seqs, total_a, end_a)  # behind the last sequence
-    end_b = tl.where((above > num_seqs) | (above == 0), begin_b, end_b)
-    return begin_a + (tile - first) * BLOCK, begin_a, end_a, begin_b, end_b
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "interpreter":  # it multiplies bf16 as integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -90,15 +52,14 @@ def store_rows(base, STRIDE: tl.constexpr, row, limit, x, D: tl.constexpr, FROM:
 
 @triton.jit
 def attend(acc, acc_hi, highest, total, q, q_hi, k, v, begin, end, keys, visible, scale_log2,
-           K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
+           K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """The online softmax over the keys [begin, end); row r sees the keys below visible[r]."""
     for n in tl.range(begin, end, BLOCK_N):
         k_lo = load_rows(k, K_STRIDE, n, keys, D, 0, LO, BLOCK_N, MASKED)
-        s = dot(q, k_lo.T, None, PRECISION)
+        s = mma(q, k_lo.T)
         if HI > 0:
             k_hi = load_rows(k, K_STRIDE, n, keys, D, LO, HI, BLOCK_N, MASKED)
-            s = dot(q_hi, k_hi.T, s, PRECISION)
+            s = mma(q_hi, k_hi.T, s)
         if MASKED:
             column = n + tl.arange(0, BLOCK_N)
             s = tl.where(column[None, :] < visible[:, None], s, -float("inf"))
@@ -112,10 +73,10 @@ def attend(acc, acc_hi, highest, total, q, q_hi, k, v, begin, end, keys, visible
         highest = now
         p = p.to(q.dtype)
         v_lo = load_rows(v, V_STRIDE, n, keys, D, 0, LO, BLOCK_N, MASKED)
-        acc = dot(p, v_lo, acc * alpha[:, None], PRECISION)
+        acc = mma(p, v_lo, acc * alpha[:, None])
         if HI > 0:
             v_hi = load_rows(v, V_STRIDE, n, keys, D, LO, HI, BLOCK_N, MASKED)
-            acc_hi = dot(p, v_hi, acc_hi * alpha[:, None], PRECISION)
+            acc_hi = mma(p, v_hi, acc_hi * alpha[:, None])
     return acc, acc_hi, highest, total
 
 
@@ -123,7 +84,7 @@ def attend(acc, acc_hi, highest, total, q, q_hi, k, v, begin, end, keys, visible
 def varlen_attention_fwd_kernel(q, k, v, out, lse, cu_q, cu_k, num_seqs, T, L,
                                 num_tiles, scale_log2, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
                                 LO: tl.constexpr, HI: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                                SEQS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                                SEQS: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
     head = tl.program_id(0) % H
     tile = num_tiles - 1 - tl.program_id(0) // H
     row, begin_q, end_q, begin_k, end_k = find_tile(cu_q, cu_k, num_seqs, T, L, tile, BLOCK_M, SEQS)
@@ -153,11 +114,11 @@ def varlen_attention_fwd_kernel(q, k, v, out, lse, cu_q, cu_k, num_seqs, T, L,
     total = tl.zeros([BLOCK_M], tl.float32)
     acc, acc_hi, highest, total = attend(
         acc, acc_hi, highest, total, q_lo, q_hi, k_base, v_base, 0, full, keys, visible,
-        scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, False, PRECISION,
+        scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, False,
     )  # fmt: skip
     acc, acc_hi, highest, total = attend(
         acc, acc_hi, highest, total, q_lo, q_hi, k_base, v_base, full, end, keys, visible,
-        scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, True, PRECISION,
+        scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, True,
     )  # fmt: skip
 
     seen = total != 0.0
@@ -176,21 +137,12 @@ def columns(dim: int) -> dict[str, int]:
     return {"D": dim, "LO": 64 if dim == 72 else dim, "HI": 16 if dim == 72 else 0}
 
 
-def precision(x: torch.Tensor) -> str:
-    """How `dot` multiplies; bf16 products are the same in "ieee" and "tf32"."""
-    return "ieee" if x.device.type == "cuda" else "interpreter"
-
-
 def tiles_for(x: torch.Tensor, hopper: dict, portable: dict, fp32: dict) -> tuple[int, ...]:
     if x.device.type != "cuda":
         return portable[x.shape[-1]]  # the interpreter: few large blocks
     if x.dtype == torch.float32:
         return fp32[x.shape[-1]]
     return (hopper if is_hopper(x.device.index or 0) else portable)[x.shape[-1]]
-
-
-def sequence_block(num_seqs: int) -> int:
-    return min(triton.next_power_of_2(num_seqs + 1), MAX_SEQUENCES)
 
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, deterministic):
@@ -200,11 +152,10 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale,
     if T == 0:
         return out, lse
     block_m, block_n, num_warps, num_stages = tiles_for(q, TILES_HOPPER, TILES, TILES_FP32)
-    num_tiles = T // block_m + num_seqs + 2
-    varlen_attention_fwd_kernel[(num_tiles * H,)](
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, num_seqs, T, L, num_tiles,
+    tiles = most_tiles(T, num_seqs, block_m)
+    varlen_attention_fwd_kernel[(tiles * H,)](
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, num_seqs, T, L, tiles,
         softmax_scale * LOG2_E.value, Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), H=H, GROUP=H // G, **columns(D), BLOCK_M=block_m, BLOCK_N=block_n,
-        SEQS=sequence_block(num_seqs), CAUSAL=causal, PRECISION=precision(q), num_warps=num_warps,
-        num_stages=num_stages,
+        SEQS=boundary_block(num_seqs), CAUSAL=causal, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out, lse

@@ -7,24 +7,16 @@
    dV += P^T dO, dP^T = V dO^T, dK += dS^T Q.
 
 Seven products where a backward with atomic dq needs five: the price of determinism here. Keys and queries outside all
-sequences have tiles of their own (see triton.py) and get 0.
+sequences have tiles of their own (triton_sequences.py) and get 0.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .triton import (
-    LOG2_E,
-    columns,
-    dot,
-    find_tile,
-    load_rows,
-    precision,
-    sequence_block,
-    store_rows,
-    tiles_for,
-)
+from ..triton_math import LOG2_E, mma
+from ..triton_sequences import boundary_block, find_tile, most_tiles
+from .triton import columns, load_rows, store_rows, tiles_for
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by head dim; M queries, N keys
 DQ_HOPPER = {64: (128, 64, 8, 3), 72: (128, 64, 8, 2), 128: (128, 64, 8, 2)}
@@ -62,26 +54,26 @@ def varlen_attention_bwd_rows_kernel(dout, dlse, out, lse, row_lse, delta, T, H:
 @triton.jit
 def gather_dq(dq, dq_hi, q, q_hi, grad, grad_hi, row_lse, delta, k, v, begin, end, keys, visible,
               scale_log2, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, BLOCK_N: tl.constexpr,
-              MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+              MASKED: tl.constexpr):  # fmt: skip
     """Adds dS K over the keys [begin, end); row r sees the keys below visible[r]."""
     for n in tl.range(begin, end, BLOCK_N):
         k_lo = load_rows(k, K_STRIDE, n, keys, D, 0, LO, BLOCK_N, MASKED)
         v_lo = load_rows(v, V_STRIDE, n, keys, D, 0, LO, BLOCK_N, MASKED)
-        s = dot(q, k_lo.T, None, PRECISION)
-        dp = dot(grad, v_lo.T, None, PRECISION)
+        s = mma(q, k_lo.T)
+        dp = mma(grad, v_lo.T)
         if HI > 0:
             k_hi = load_rows(k, K_STRIDE, n, keys, D, LO, HI, BLOCK_N, MASKED)
             v_hi = load_rows(v, V_STRIDE, n, keys, D, LO, HI, BLOCK_N, MASKED)
-            s = dot(q_hi, k_hi.T, s, PRECISION)
-            dp = dot(grad_hi, v_hi.T, dp, PRECISION)
+            s = mma(q_hi, k_hi.T, s)
+            dp = mma(grad_hi, v_hi.T, dp)
         p = tl.exp2(s * scale_log2 - row_lse[:, None])
         if MASKED:
             column = n + tl.arange(0, BLOCK_N)
             p = tl.where(column[None, :] < visible[:, None], p, 0.0)
         ds = (p * (dp - delta[:, None])).to(q.dtype)
-        dq = dot(ds, k_lo, dq, PRECISION)
+        dq = mma(ds, k_lo, dq)
         if HI > 0:
-            dq_hi = dot(ds, k_hi, dq_hi, PRECISION)
+            dq_hi = mma(ds, k_hi, dq_hi)
     return dq, dq_hi
 
 
@@ -90,7 +82,7 @@ def varlen_attention_bwd_dq_kernel(dout, row_lse, delta, q, k, v, dq_out, cu_q, 
                                    num_seqs, T, L, num_tiles, scale, scale_log2, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, H: tl.constexpr,
                                    GROUP: tl.constexpr, D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
                                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEQS: tl.constexpr,
-                                   CAUSAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                                   CAUSAL: tl.constexpr):  # fmt: skip
     head = tl.program_id(0) % H
     tile = num_tiles - 1 - tl.program_id(0) // H
     row, begin_q, end_q, begin_k, end_k = find_tile(cu_q, cu_k, num_seqs, T, L, tile, BLOCK_M, SEQS)
@@ -123,11 +115,11 @@ def varlen_attention_bwd_dq_kernel(dout, row_lse, delta, q, k, v, dq_out, cu_q, 
     dq_hi = tl.zeros([BLOCK_M, 16], tl.float32)
     dq, dq_hi = gather_dq(
         dq, dq_hi, q_lo, q_hi, grad_lo, grad_hi, lse_of_row, delta_of_row, k_base, v_base, 0, full,
-        keys, visible, scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, False, PRECISION,
+        keys, visible, scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, False,
     )  # fmt: skip
     dq, dq_hi = gather_dq(
         dq, dq_hi, q_lo, q_hi, grad_lo, grad_hi, lse_of_row, delta_of_row, k_base, v_base, full,
-        end, keys, visible, scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, True, PRECISION,
+        end, keys, visible, scale_log2, K_STRIDE, V_STRIDE, D, LO, HI, BLOCK_N, True,
     )  # fmt: skip
     store_rows(dq_out + head * D, H * D, row, end_q, dq * scale, D, 0, LO, BLOCK_M)
     if HI > 0:
@@ -138,8 +130,7 @@ def varlen_attention_bwd_dq_kernel(dout, row_lse, delta, q, k, v, dq_out, cu_q, 
 def varlen_attention_bwd_dkv_kernel(dout, row_lse, delta, q, k, v, dk_out, dv_out, cu_q, cu_k,
                                     num_seqs, T, L, scale, scale_log2, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
                                     D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, BLOCK_M: tl.constexpr,
-                                    BLOCK_N: tl.constexpr, SEQS: tl.constexpr, CAUSAL: tl.constexpr,
-                                    PRECISION: tl.constexpr):  # fmt: skip
+                                    BLOCK_N: tl.constexpr, SEQS: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
     GROUP: tl.constexpr = H // G
     kv_head = tl.program_id(0) % G
     tile = tl.program_id(0) // G
@@ -174,25 +165,25 @@ def varlen_attention_bwd_dkv_kernel(dout, row_lse, delta, q, k, v, dk_out, dv_ou
         scalars = tl.cast(head, tl.int64) * T + rows
         q_lo = load_rows(q_base, Q_STRIDE, row, end_q, D, 0, LO, BLOCK_M, True)
         grad_lo = load_rows(grad_base, H * D, row, end_q, D, 0, LO, BLOCK_M, True)
-        s = dot(k_lo, q_lo.T, None, PRECISION)
+        s = mma(k_lo, q_lo.T)
         if HI > 0:
             q_hi = load_rows(q_base, Q_STRIDE, row, end_q, D, LO, HI, BLOCK_M, True)
             grad_hi = load_rows(grad_base, H * D, row, end_q, D, LO, HI, BLOCK_M, True)
-            s = dot(k_hi, q_hi.T, s, PRECISION)
+            s = mma(k_hi, q_hi.T, s)
         lse_of_row = tl.load(row_lse + scalars, mask=rows < end_q, other=float("inf"))
         p = tl.exp2(s * scale_log2 - lse_of_row[None, :])
         if CAUSAL:
             p = tl.where(sees[:, None] <= rows[None, :], p, 0.0)
-        dv = dot(p.to(q_lo.dtype), grad_lo, dv, PRECISION)
-        dp = dot(v_lo, grad_lo.T, None, PRECISION)
+        dv = mma(p.to(q_lo.dtype), grad_lo, dv)
+        dp = mma(v_lo, grad_lo.T)
         if HI > 0:
-            dv_hi = dot(p.to(q_lo.dtype), grad_hi, dv_hi, PRECISION)
-            dp = dot(v_hi, grad_hi.T, dp, PRECISION)
+            dv_hi = mma(p.to(q_lo.dtype), grad_hi, dv_hi)
+            dp = mma(v_hi, grad_hi.T, dp)
         delta_of_row = tl.load(delta + scalars, mask=rows < end_q, other=0.0)
         ds = (p * (dp - delta_of_row[None, :])).to(q_lo.dtype)
-        dk = dot(ds, q_lo, dk, PRECISION)
+        dk = mma(ds, q_lo, dk)
         if HI > 0:
-            dk_hi = dot(ds, q_hi, dk_hi, PRECISION)
+            dk_hi = mma(ds, q_hi, dk_hi)
     store_rows(dk_out + kv_head * D, G * D, key, end_k, dk * scale, D, 0, LO, BLOCK_N)
     store_rows(dv_out + kv_head * D, G * D, key, end_k, dv, D, 0, LO, BLOCK_N)
     if HI > 0:
@@ -209,7 +200,7 @@ def varlen_attention_bwd(
     inputs = (dout, scalars[0], scalars[1], q, k, v)
     lengths = (cu_seqlens_q, cu_seqlens_k, num_seqs, T, L)
     constants = {
-        "Q_STRIDE": q.stride(0), "K_STRIDE": k.stride(0), "V_STRIDE": v.stride(0), **columns(D), "SEQS": sequence_block(num_seqs), "CAUSAL": causal, "PRECISION": precision(q),
+        "Q_STRIDE": q.stride(0), "K_STRIDE": k.stride(0), "V_STRIDE": v.stride(0), **columns(D), "SEQS": boundary_block(num_seqs), "CAUSAL": causal,
     }  # fmt: skip
     scale_log2 = softmax_scale * LOG2_E.value
     if T > 0:
@@ -218,14 +209,14 @@ def varlen_attention_bwd(
             HAS_DLSE=dlse is not None, BLOCK=ROWS, num_warps=4,
         )  # fmt: skip
         block_m, block_n, num_warps, num_stages = tiles_for(q, DQ_HOPPER, DQ, FP32)
-        num_tiles = T // block_m + num_seqs + 2
-        varlen_attention_bwd_dq_kernel[(num_tiles * H,)](
-            *inputs, dq, *lengths, num_tiles, softmax_scale, scale_log2, H=H, GROUP=H // G, BLOCK_M=block_m,
+        tiles = most_tiles(T, num_seqs, block_m)
+        varlen_attention_bwd_dq_kernel[(tiles * H,)](
+            *inputs, dq, *lengths, tiles, softmax_scale, scale_log2, H=H, GROUP=H // G, BLOCK_M=block_m,
             BLOCK_N=block_n, **constants, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if L > 0:
         block_m, block_n, num_warps, num_stages = tiles_for(q, DKV_HOPPER, DKV, FP32)
-        varlen_attention_bwd_dkv_kernel[((L // block_n + num_seqs + 2) * G,)](
+        varlen_attention_bwd_dkv_kernel[(most_tiles(L, num_seqs, block_n) * G,)](
             *inputs, dk, dv, *lengths, softmax_scale, scale_log2, H=H, G=G, BLOCK_M=block_m, BLOCK_N=block_n,
             **constants, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
