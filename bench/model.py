@@ -254,6 +254,7 @@ def decode_case(batch: int, context: int, device: torch.device, *, dense: bool, 
 
 
 def cases(device: torch.device) -> list[Case]:
+    device = torch.empty(0, device=device).device  # "cuda" is "cuda:0": one network for both names
     if device.type == "cpu":
         return [
             prefill_case(2304, device, dense=False, quick=True),

@@ -39,23 +39,22 @@ def part_of(kernel: str) -> str:
 
 
 def measure(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Wall milliseconds, peak GiB over what is resident, and milliseconds by part of one call, after a first one."""
+    """Wall milliseconds (under the profiler) and milliseconds by part of a second call, peak GiB of the first one over
+    what was there before it."""
     on_gpu = device.type == "cuda"
-    call()
-    if on_gpu:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
-    start = time.perf_counter()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     call()
     if on_gpu:
         torch.cuda.synchronize(device)
-    wall = (time.perf_counter() - start) * 1e3
     peak = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if on_gpu else None
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
+        start = time.perf_counter()
         call()
         if on_gpu:
             torch.cuda.synchronize(device)
+        wall = (time.perf_counter() - start) * 1e3
     parts: dict[str, float] = {}
     for event in trace.key_averages():
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line per column")
     args = parser.parse_args(argv)
-    device, console = torch.device(args.device), Console(width=160)
+    device, console = torch.empty(0, device=args.device).device, Console(width=160)
     sizes = (8192, 32768, 131072, 262144) if device.type == "cuda" else (2304,)
     decodes = ((1, 131072), (8, 32768)) if device.type == "cuda" else ((1, 4096),)
     vocabulary = full_config(device).vocab_size - 2

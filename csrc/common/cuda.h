@@ -34,4 +34,19 @@ inline void check_launch(const char* kernel) {
     STD_TORCH_CHECK(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
 }
 
+// Lets a kernel take `bytes` of dynamic shared memory.
+template <class Kernel>
+void allow_shared_memory(Kernel* kernel, int bytes) {
+    STD_TORCH_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         bytes) == cudaSuccess,
+                    "no ", bytes, " bytes of shared memory");
+}
+
+inline int num_multiprocessors() {
+    int device = 0, count = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
 }  // namespace dsa

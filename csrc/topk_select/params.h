@@ -14,6 +14,8 @@ struct TopkSelectParams {
     int32_t rows;
     int32_t width;
     int32_t topk;
+    int32_t segment;   // candidates that a warp can append between two cuts
+    int32_t capacity;  // topk + a segment for each warp
 };
 
 }  // namespace dsa

@@ -1,128 +1,154 @@
 // topk_select on the GPU: exact, deterministic, smallest position first among equals, no workspace.
 //
-// One block of 1024 threads per row. A score becomes an order-preserving 32-bit key (NaN lowest,
-// -0.0 = +0.0); three rounds of a shared-memory histogram over 11, 11 and 10 bits find the k-th
-// largest key and how many of its ties belong to the set. The last round walks the row in position
-// order, 1024 columns a step: ballots and a scan over the 32 warps give every kept column its
-// place, so the output is ascending and the same on every run.
-//
-// Shared memory: 2048 bins + 33 counters, 8.4 KB. No atomics decide an order: histogram counts
-// commute. Bound by reads: the row is read four times, the first from HBM and the others from L2
-// where rows in flight (132 x row bytes) fit it.
+// One block of 512 threads a row reads it once. Each warp takes 256 columns of every 4096, loaded
+// one step ahead; what beats the bound goes to the warp's own segment of the list of candidates in
+// shared memory: a ballot and a store, no atomics. The fullest segment says how many steps fit
+// before the warps meet again; when none does, the list is cut to the best `topk` and the bound
+// rises to the last of them (common/candidates.cuh). In random order that happens after 10 K
+// columns and 40 K; the last cut, after the last column, gives the set. 103 KB of shared memory:
+// two blocks an SM, so that one reads while the other cuts.
+#include <algorithm>
+
+#include "common/candidates.cuh"
 #include "common/cuda.h"
 #include "topk_select/params.h"
 
 namespace dsa {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBins = 2048;
+constexpr int kLaneColumns = 8;  // a step
+constexpr int kStep = 32 * kLaneColumns;
+constexpr int kSegment = 640;
+
+using Group = ThreadGroup<kThreads>;
+
+struct Storage {
+    SelectScratch scratch;
+    int appended[2][kWarps];  // in turn, so that one can be read while the next fills
+    uint32_t list[];          // [capacity] keys, then [capacity] positions
+};
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-__device__ __forceinline__ uint32_t order_key(float score) {
-    if (score != score) return 0;
-    const uint32_t bits = __float_as_uint(score + 0.0f);  // -0.0 + 0.0 is +0.0
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
+// What a lane holds of a step: kLaneColumns columns, in vectors of 16 bytes, and which of them
+// belong to the row.
+template <typename T>
+struct Columns {
+    static constexpr int kVector = 16 / sizeof(T);
+    static constexpr int kLoads = kLaneColumns / kVector;
+    union {
+        uint4 raw[kLoads];
+        T value[kLaneColumns];
+    };
+    uint32_t inside = 0;
 
-// Finds the bin, counted from the top, in which the `wanted`-th key lies. Returns the bin; `wanted`
-// becomes the rank inside it. All threads get the same answer. Thread i owns bins 2i and 2i+1, from
-// the top.
-__device__ uint32_t find_bin(uint32_t* histogram, uint32_t* warp_sums, int num_bins, int& wanted) {
-    __shared__ uint32_t found_bin;
-    __shared__ int found_rank;
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int high = num_bins - 1 - 2 * thread, low = high - 1;
-    const uint32_t count_high = high >= 0 ? histogram[high] : 0;
-    const uint32_t count_low = low >= 0 ? histogram[low] : 0;
-    uint32_t inclusive = count_high + count_low;
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, inclusive, offset);
-        if (lane >= offset) inclusive += other;
+    __device__ Columns() {}
+
+    // Of the columns counted from `row`, an aligned address; those in [begin, end) belong.
+    __device__ void load(const T* row, int64_t first, int64_t begin, int64_t end) {
+        inside = 0;
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) {
+            const int64_t at = first + column(j * kVector);
+            if (at >= begin && at + kVector <= end) {
+                raw[j] = __ldcs(reinterpret_cast<const uint4*>(row + at));
+                inside |= ((1u << kVector) - 1) << (j * kVector);
+            } else {
+#pragma unroll
+                for (int v = 0; v < kVector; ++v)
+                    if (at + v >= begin && at + v < end) {
+                        value[j * kVector + v] = row[at + v];
+                        inside |= 1u << (j * kVector + v);
+                    }
+            }
+        }
     }
-    if (lane == 31) warp_sums[warp] = inclusive;
-    __syncthreads();
-    uint32_t before = inclusive - count_high - count_low;
-    for (int w = 0; w < warp; ++w) before += warp_sums[w];
-    const uint32_t want = wanted;
-    if (before < want && want <= before + count_high) {
-        found_bin = high;
-        found_rank = want - before;
-    } else if (before + count_high < want && want <= before + count_high + count_low) {
-        found_bin = low;
-        found_rank = want - before - count_high;
+
+    // The column of value i, counted from the first of the step.
+    static __device__ int column(int i) {
+        return i / kVector * (32 * kVector) + threadIdx.x % 32 * kVector + i % kVector;
     }
-    __syncthreads();
-    wanted = found_rank;
-    return found_bin;
-}
+};
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) topk_select_kernel(const TopkSelectParams p) {
-    __shared__ uint32_t histogram[kBins];
-    __shared__ uint32_t warp_sums[kWarps];
-    const int row = blockIdx.x, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+__global__ void __launch_bounds__(kThreads, 2) topk_select_kernel(const TopkSelectParams p) {
+    extern __shared__ uint8_t dynamic[];
+    Storage& s = *reinterpret_cast<Storage*>(dynamic);
+    uint32_t* keys = s.list;
+    int32_t* positions = reinterpret_cast<int32_t*>(s.list + p.capacity);
+    const Group group{static_cast<int>(threadIdx.x), 1};
+    const int lane = group.lane(), warp = group.warp();
+
+    const int row = blockIdx.x;
     const int start = p.starts ? min(max(p.starts[row], 0), p.width) : 0;
     const int n = p.lengths ? min(max(p.lengths[row], 0), p.width - start) : p.width - start;
-    const T* scores = static_cast<const T*>(p.scores) + row * p.row_stride + start;
     int32_t* out = p.indices + static_cast<int64_t>(row) * p.topk;
-
     if (n <= p.topk) {
-        for (int i = thread; i < p.topk; i += kThreads) out[i] = i < n ? i : -1;
+        for (int i = threadIdx.x; i < p.topk; i += kThreads) out[i] = i < n ? i : -1;
         return;
     }
+    // Columns are counted from the 16-byte boundary before the first one.
+    const T* scores = static_cast<const T*>(p.scores) + row * p.row_stride + start;
+    const int64_t origin = reinterpret_cast<uintptr_t>(scores) % 16 / sizeof(T);
+    scores -= origin;
+    const int64_t end = origin + n;
+    const int rounds = static_cast<int>((end + kWarps * kStep - 1) / (kWarps * kStep));
+    const auto first_of = [&](int round) { return (int64_t{round} * kWarps + warp) * kStep; };
 
-    uint32_t threshold = 0;
-    int ties = p.topk;   // after the rounds: how many keys equal to the threshold belong to the set
-    uint32_t known = 0;  // the bits of the key that the rounds so far decided
-    constexpr int kShifts[3] = {21, 10, 0};
-    constexpr int kSizes[3] = {2048, 2048, 1024};
+    const int own = p.topk + warp * p.segment;  // where this warp's segment begins
+    int count = 0, front = 0, turn = 0;
+    float bound = NAN;
+    Columns<T> next;
+    next.load(scores, first_of(0), origin, end);
+    for (int done = 0, fullest = 0; done < rounds;) {
+        const int stop = min(rounds, done + (p.segment - fullest) / kStep);
+        for (; done < stop; ++done) {
+            Columns<T> now = next;
+            next.load(scores, first_of(done + 1), origin, end);
+            const int first = static_cast<int>(first_of(done) - origin);
+            uint32_t passing = 0;
 #pragma unroll
-    for (int round = 0; round < 3; ++round) {
-        const int shift = kShifts[round];
-        for (int i = thread; i < kBins; i += kThreads) histogram[i] = 0;
-        __syncthreads();
-        for (int i = thread; i < n; i += kThreads) {
-            const uint32_t key = order_key(to_float(scores[i]));
-            if ((key & known) == threshold)
-                atomicAdd(&histogram[(key >> shift) & (kSizes[round] - 1)], 1);
+            for (int i = 0; i < kLaneColumns; ++i)
+                passing |= static_cast<uint32_t>(passes(to_float(now.value[i]), bound)) << i;
+            passing &= now.inside;
+            if (__any_sync(~0u, passing)) {
+#pragma unroll
+                for (int i = 0; i < kLaneColumns; ++i) {
+                    const bool pass = passing >> i & 1;
+                    const uint32_t ballot = __ballot_sync(~0u, pass);
+                    const int at = own + count + __popc(ballot & group.lanes_below());
+                    if (pass) {
+                        keys[at] = order_key(to_float(now.value[i]));
+                        positions[at] = first + Columns<T>::column(i);
+                    }
+                    count += __popc(ballot);
+                }
+            }
         }
-        __syncthreads();
-        threshold |= find_bin(histogram, warp_sums, kSizes[round], ties) << shift;
-        known |= (kSizes[round] - 1u) << shift;
-        __syncthreads();
-    }
+        turn ^= 1;
+        if (lane == 0) s.appended[turn][warp] = count;
+        group.sync();
+        fullest = __reduce_max_sync(~0u, s.appended[turn][lane % kWarps]);
+        if (done < rounds && p.segment - fullest >= kStep) continue;
 
-    // Ties are counted in position order; two counters travel together, 16 bits a warp suffice for
-    // a step of 1024.
-    int filled = 0, tied = 0;
-    for (int base = 0; base < n && filled < p.topk; base += kThreads) {
-        const int i = base + thread;
-        const uint32_t key = i < n ? order_key(to_float(scores[i])) : 0;
-        const bool above = i < n && key > threshold, equal = i < n && key == threshold;
-        const uint32_t above_ballot = __ballot_sync(~0u, above),
-                       equal_ballot = __ballot_sync(~0u, equal);
-        if (lane == 0) warp_sums[warp] = __popc(above_ballot) << 16 | __popc(equal_ballot);
-        __syncthreads();
-        uint32_t before = 0, total = 0;
-        for (int w = 0; w < kWarps; ++w) {
-            if (w == warp) before = total;
-            total += warp_sums[w];
+        for (int i = count + lane; i < p.segment; i += 32) keys[own + i] = 0;
+        for (int i = front + threadIdx.x; i < p.topk; i += kThreads) keys[i] = 0;
+        const int total =
+            front + __reduce_add_sync(~0u, lane < kWarps ? s.appended[turn][lane] : 0);
+        group.sync();
+        Threshold threshold{0, INT_MAX};
+        if (total >= p.topk) {
+            threshold = find_threshold(group, s.scratch, p.capacity, keys, positions, p.topk);
+            bound = score_of(threshold.key);
         }
-        const uint32_t lanes_below = (1u << lane) - 1;
-        const int above_before = (before >> 16) + __popc(above_ballot & lanes_below);
-        const int equal_before = tied + (before & 0xffff) + __popc(equal_ballot & lanes_below);
-        if (above || (equal && equal_before < ties)) {
-            out[filled + above_before + min(equal_before, ties) - min(tied, ties)] = i;
-        }
-        const int tied_after = tied + (total & 0xffff);
-        filled += (total >> 16) + min(tied_after, ties) - min(tied, ties);
-        tied = tied_after;
-        __syncthreads();
+        keep(group, s.scratch, p.capacity, keys, threshold, keys, positions);
+        front = min(total, p.topk);
+        count = fullest = 0;
     }
+    write_ascending(group, s.scratch, positions, p.topk, n, keys, p.capacity, out);
 }
 
 }  // namespace
@@ -132,7 +158,7 @@ Tensor topk_select(const Tensor& scores, int64_t topk, std::optional<Tensor> sta
     const int64_t rows = scores.sizes()[0];
     Tensor indices = torch::stable::new_empty(scores, {rows, topk}, ScalarType::Int);
     if (rows == 0) return indices;
-    const TopkSelectParams params{
+    TopkSelectParams params{
         .scores = scores.data_ptr(),
         .starts = starts ? static_cast<const int32_t*>(starts->data_ptr()) : nullptr,
         .lengths = lengths ? static_cast<const int32_t*>(lengths->data_ptr()) : nullptr,
@@ -141,15 +167,22 @@ Tensor topk_select(const Tensor& scores, int64_t topk, std::optional<Tensor> sta
         .rows = static_cast<int32_t>(rows),
         .width = static_cast<int32_t>(scores.sizes()[1]),
         .topk = static_cast<int32_t>(topk),
+        .segment = kSegment,
+        .capacity = static_cast<int32_t>(topk + kWarps * kSegment),
     };
     const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
     const cudaStream_t stream = current_stream(scores);
+    const auto launch = [&](auto* kernel) {
+        const int shared = sizeof(Storage) + 8 * params.capacity;
+        allow_shared_memory(kernel, shared);
+        kernel<<<rows, kThreads, shared, stream>>>(params);
+        check_launch("topk_select_kernel");
+    };
     if (scores.scalar_type() == ScalarType::Float) {
-        topk_select_kernel<float><<<rows, kThreads, 0, stream>>>(params);
+        launch(topk_select_kernel<float>);
     } else {
-        topk_select_kernel<__nv_bfloat16><<<rows, kThreads, 0, stream>>>(params);
+        launch(topk_select_kernel<__nv_bfloat16>);
     }
-    check_launch("topk_select_kernel");
     return indices;
 }
 

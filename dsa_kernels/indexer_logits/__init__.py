@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ..checks import FP8, FP32, INT32, UINT8, Arguments
-from ..dispatch import CPU, REFERENCE, TRITON, register
+from ..dispatch import CPU, REFERENCE, TRITON, Implementation, register
 
 PAGE_SIZE = 64
 
@@ -138,6 +138,23 @@ def check_paged(
     return a
 
 
+def cuda_declines(
+    q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, *_: object
+) -> str | None:
+    """Why the Hopper kernels of both rooms that score do not serve a call; `keys` is k or the index cache."""
+    heads, dim = q.shape[1:]
+    if heads not in (4, 8, 16, 32, 64) or dim not in (64, 128):
+        return f"compiled for 4, 8, 16, 32 or 64 heads of 64 or 128, not {heads} of {dim}"
+    if any(x.data_ptr() % 16 or x.stride(0) % 16 for x in (q, keys)):
+        return "TMA needs q and the keys, and their rows, aligned to 16 bytes"
+    if keys.numel() == 0:
+        return "no keys"
+    return None
+
+
+CUDA = Implementation("cuda", declines=cuda_declines)
+
+
 def _fake(q: torch.Tensor, *args: object) -> torch.Tensor:
     return q.new_empty((q.shape[0], args[-1]), dtype=torch.float32)  # type: ignore[arg-type]
 
@@ -153,12 +170,12 @@ _op = register(
     room=__name__,
     check=partial(check_packed, "indexer_logits"),
     fake=_fake,
-    table=[TRITON, CPU, REFERENCE],
+    table=[CUDA, TRITON, CPU, REFERENCE],
 )
 _paged_op = register(
     "indexer_logits_paged",
     room=__name__,
     check=partial(check_paged, "indexer_logits_paged"),
     fake=_fake_paged,
-    table=[TRITON, CPU, REFERENCE],
+    table=[CUDA, TRITON, CPU, REFERENCE],
 )

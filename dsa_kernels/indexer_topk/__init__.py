@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..dispatch import CPU, REFERENCE, TRITON, register
-from ..indexer_logits import check_packed, check_paged
+from ..dispatch import CPU, REFERENCE, TRITON, Implementation, register
+from ..indexer_logits import check_packed, check_paged, cuda_declines
 
 
 def indexer_topk(
@@ -118,18 +118,31 @@ def _check_paged(
     a.integer("topk", topk, 1)
 
 
+LARGEST_CUDA_TOPK = 4096  # its lists of candidates share 60 MB of workspace
+
+
+def _cuda_declines(*args: object) -> str | None:
+    topk = args[6]  # in both ops
+    if topk > LARGEST_CUDA_TOPK:  # type: ignore[operator]
+        return f"keeps at most {LARGEST_CUDA_TOPK} keys of a row, not {topk}"
+    return cuda_declines(*args)  # type: ignore[arg-type]
+
+
+CUDA = Implementation("cuda", declines=_cuda_declines)
+
+
 def _fake(q: torch.Tensor, *rest: object) -> torch.Tensor:
     topk = rest[5]  # six tensors come before it in both ops
     return q.new_empty((q.shape[0], topk), dtype=torch.int32)  # type: ignore[arg-type]
 
 
 _op = register(
-    "indexer_topk", room=__name__, check=_check, fake=_fake, table=[TRITON, CPU, REFERENCE]
+    "indexer_topk", room=__name__, check=_check, fake=_fake, table=[CUDA, TRITON, CPU, REFERENCE]
 )
 _paged_op = register(
     "indexer_topk_paged",
     room=__name__,
     check=_check_paged,
     fake=_fake,
-    table=[TRITON, CPU, REFERENCE],
+    table=[CUDA, TRITON, CPU, REFERENCE],
 )

@@ -49,6 +49,15 @@ def _check(
     a.optional("lengths", lengths, "R", INT32, contiguous=True)
 
 
+LARGEST_CUDA_TOPK = 16384  # its list of candidates lies in shared memory
+
+
+def _cuda_declines(_scores: torch.Tensor, topk: int, *_: object) -> str | None:
+    if topk > LARGEST_CUDA_TOPK:
+        return f"keeps at most {LARGEST_CUDA_TOPK} of a row, not {topk}"
+    return None
+
+
 def _fake(
     scores: torch.Tensor, topk: int, starts: torch.Tensor | None, lengths: torch.Tensor | None
 ) -> torch.Tensor:
@@ -60,5 +69,5 @@ _op = register(
     room=__name__,
     check=_check,
     fake=_fake,
-    table=[Implementation("cuda"), TRITON, CPU, REFERENCE],
+    table=[Implementation("cuda", declines=_cuda_declines), TRITON, CPU, REFERENCE],
 )

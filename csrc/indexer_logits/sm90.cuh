@@ -1,0 +1,94 @@
+// indexer_logits on Hopper, the kernel: see common/indexer_tile.cuh for how a tile is scored.
+//
+// A block owns 8 tokens (at 16 heads) and key_rounds x 256 keys. Scores go from registers to
+// memory, 32 bytes at a time (8 keys of a token): 2048 x 131072 scores are 1.07 GB, 0.25 ms of
+// writing under 0.4 ms of products and sums. Blocks of the same tokens run side by side, so that
+// the keys, 8 MB at 131072, come from L2. Decode has few tokens and many keys: key_rounds shrinks
+// until the blocks fill the GPU; it changes no bit.
+#pragma once
+
+#include "common/indexer_tile.cuh"
+
+namespace dsa {
+
+template <class Shape>
+__global__ void __launch_bounds__(kIndexerThreads, 1)
+    indexer_logits_kernel(const __grid_constant__ CUtensorMap map, const IndexerLogitsParams p) {
+    extern __shared__ uint8_t dynamic[];
+    auto& s = *reinterpret_cast<ScoreStorage<Shape>*>(
+        (reinterpret_cast<uintptr_t>(dynamic) + 1023) & ~uintptr_t{1023});
+    const int first_token = blockIdx.x / p.key_blocks * Shape::kTokens;
+    const int key_block = blockIdx.x % p.key_blocks;
+    const int first_tile = key_block * p.key_rounds * kWarpgroups;
+    const int end_tile = first_tile + p.key_rounds * kWarpgroups;
+    init_barriers(s);
+    find_keys(p, s, first_token);
+    __syncthreads();
+
+    uint32_t scored = 0;
+    int most = 0;
+#pragma unroll
+    for (int t = 0; t < Shape::kTokens; ++t) {
+        most = max(most, s.visible[t]);
+        if (s.visible[t] > max(p.min_visible, first_tile * kKeys)) scored |= 1u << t;
+    }
+    if (p.visible != nullptr && key_block == 0 && threadIdx.x < Shape::kTokens &&
+        first_token + threadIdx.x < p.tokens)
+        p.visible[first_token + threadIdx.x] = s.visible[threadIdx.x];
+
+    const auto tiles_end = [&](const TokenRun& run) {
+        return min(end_tile, (run.keys + kKeys - 1) / kKeys);
+    };
+    if (threadIdx.x >= kScoreThreads) {
+        give_registers_back<kLoaderRegisters>();
+        if (threadIdx.x == kScoreThreads) {
+            KeyLoader<Shape> loader;
+            while (scored != 0) {
+                const TokenRun run = next_run(s, scored);
+                scored &= ~run.tokens;
+                loader.load(p, map, s, run, first_tile, tiles_end(run));
+            }
+        }
+    } else {
+        take_registers<kScorerRegisters>();
+        if (p.fill) {
+            const int64_t end = min(int64_t{end_tile} * kKeys, int64_t{p.width});
+            for (int t = 0; t < Shape::kTokens && first_token + t < p.tokens; ++t) {
+                float* row = p.out + (first_token + t) * p.out_stride;
+                const int64_t unseen = max(s.visible[t], first_tile * kKeys);
+                for (int64_t key = unseen + threadIdx.x; key < end; key += kScoreThreads)
+                    row[key] = -INFINITY;
+            }
+        }
+        if (scored == 0) return;
+        load_queries(p, s, first_token);
+        Scorer<Shape> scorer;
+        scorer.load_weights(p, first_token);
+        named_barrier_sync(kSyncScorers, kScoreThreads);
+        while (scored != 0) {
+            const TokenRun run = next_run(s, scored);
+            scored &= ~run.tokens;
+            int seen[Shape::kLaneTokens];
+            float* row[Shape::kLaneTokens];
+#pragma unroll
+            for (int a = 0; a < Shape::kLaneTokens; ++a) {
+                const int token = Shape::token(scorer.quad, a);
+                const bool mine =
+                    run.tokens >> token & 1 && scorer.quad % Shape::kLanesPerToken == 0;
+                seen[a] = mine ? s.visible[token] : 0;
+                row[a] = p.out + (first_token + token) * p.out_stride;
+            }
+            const int first = first_tile + scorer.group;
+            scorer.load_scales(p, run, first);
+            scorer.score(p, s, run, first, tiles_end(run), [&](const auto& scores) {
+#pragma unroll
+                for (int a = 0; a < Shape::kLaneTokens; ++a)
+#pragma unroll
+                    for (int r = 0; r < 2; ++r)
+                        if (scores.key[r] < seen[a]) row[a][scores.key[r]] = scores.score[a][r];
+            });
+        }
+    }
+}
+
+}  // namespace dsa
