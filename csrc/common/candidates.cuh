@@ -52,23 +52,21 @@ struct ThreadGroup {
 constexpr int kLogBins = 10;
 constexpr int kBins = 1 << kLogBins;
 
+// Where a list is cut: at least `wanted` of the `count` values that are left from `value` on
+// belong.
+struct Cut {
+    uint32_t value;
+    int wanted;
+    int count;
+};
+
 // What a group needs in shared memory for a cut.
 struct SelectScratch {
     uint32_t histogram[kBins];
     uint32_t low[16];
     uint32_t high[16];
-    uint32_t found_bin;
-    int found_rank;
-    int found_count;
-    int kept;
-};
-
-// The values of a list that are at least `value`, `wanted` of the `count` in the last bin looked at
-// included.
-struct Cut {
-    uint32_t value;
-    int wanted;
-    int count;
+    int sums[16];
+    Cut found;
 };
 
 // The candidates that belong: a key above, or the same key at a position up to `last`.
@@ -77,165 +75,230 @@ struct Threshold {
     int32_t last;
 };
 
+__device__ __forceinline__ bool belongs(uint32_t key, int32_t position, Threshold threshold) {
+    return key > threshold.key || (key == threshold.key && key != 0 && position <= threshold.last);
+}
+
+// Calls f(i, four) for i = 0, 4, 8, ... < n with the four entries from `list[i]` on; on 16 bytes, n
+// a multiple of 4.
+template <class Four, class Group, class T, class F>
+__device__ __forceinline__ void for_each_four(const Group& group, const T* list, int n,
+                                              const F& f) {
+    constexpr int kUnroll = 4;
+    for (int base = 4 * group.thread; base < n; base += 4 * kUnroll * Group::kThreads) {
+        Four four[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int i = base + 4 * u * Group::kThreads;
+            four[u] = i < n ? *reinterpret_cast<const Four*>(list + i) : Four{0, 0, 0, 0};
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) f(base + 4 * u * Group::kThreads, four[u]);
+    }
+}
+
+// The sum over the threads before this one; `all` becomes the sum over the whole group.
+template <class Group>
+__device__ int sum_before(const Group& group, SelectScratch& s, int own, int& all) {
+    int inclusive = own;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const int other = __shfl_up_sync(~0u, inclusive, offset);
+        if (group.lane() >= offset) inclusive += other;
+    }
+    if (group.lane() == 31) s.sums[group.warp()] = inclusive;
+    group.sync();
+    int before = inclusive - own;
+    all = 0;
+#pragma unroll
+    for (int w = 0; w < Group::kWarps; ++w) {
+        if (w < group.warp()) before += s.sums[w];
+        all += s.sums[w];
+    }
+    return before;
+}
+
 // The bin, counted from the top, that holds the `wanted`-th value.
 template <class Group>
 __device__ Cut find_bin(const Group& group, SelectScratch& s, int wanted) {
     constexpr int kOwn = kBins / Group::kThreads;  // bins of a thread
-    uint32_t counts[kOwn], sum = 0;
+    int counts[kOwn], sum = 0, all;
     const int top = kBins - 1 - group.thread * kOwn;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) sum += counts[j] = s.histogram[top - j];
-    uint32_t inclusive = sum;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, inclusive, offset);
-        if (group.lane() >= offset) inclusive += other;
-    }
-    if (group.lane() == 31) s.low[group.warp()] = inclusive;
-    group.sync();
-    uint32_t before = inclusive - sum;
-    for (int w = 0; w < group.warp(); ++w) before += s.low[w];
+    int before = sum_before(group, s, sum, all);
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
-        if (before < wanted && wanted <= before + counts[j]) {
-            s.found_bin = top - j;
-            s.found_rank = wanted - before;
-            s.found_count = counts[j];
-        }
+        if (before < wanted && wanted <= before + counts[j])
+            s.found = {static_cast<uint32_t>(top - j), wanted - before, counts[j]};
         before += counts[j];
     }
     group.sync();
-    return {s.found_bin, s.found_rank, s.found_count};
+    return s.found;
 }
 
-// Cuts the values value(0) ... value(n - 1), without those that are 0, at the `wanted`-th largest;
-// at least that many must be there. Where count equals wanted the cut may lie below the value
-// itself, with nothing between.
-template <class Group, class Value>
-__device__ Cut find_cut(const Group& group, SelectScratch& s, int n, Value value, int wanted) {
+// Cuts the values value(key, position), without those that are 0, at the `wanted`-th largest; at
+// least that many must be there. Positions are read only if `kTies`. Where count equals wanted the
+// cut may lie below the value itself, with nothing between.
+template <bool kTies, class Group, class Value>
+__device__ Cut find_cut(const Group& group, SelectScratch& s, int n, const uint32_t* keys,
+                        const int32_t* positions, const Value& value, int wanted) {
+    const auto for_each_value = [&](const auto& f) {
+        for_each_four<uint4>(group, keys, n, [&](int i, uint4 key) {
+            int4 position = {0, 0, 0, 0};
+            if (kTies && i < n) position = *reinterpret_cast<const int4*>(positions + i);
+            f(value(key.x, position.x));
+            f(value(key.y, position.y));
+            f(value(key.z, position.z));
+            f(value(key.w, position.w));
+        });
+    };
     uint32_t low = ~0u, high = 0;
-#pragma unroll 4
-    for (int i = group.thread; i < n; i += Group::kThreads) {
-        const uint32_t v = value(i);
-        low = v ? min(low, v) : low;
+    for_each_value([&](uint32_t v) {
+        low = min(low, v - 1);  // 0 becomes the largest
         high = max(high, v);
-    }
+    });
     low = __reduce_min_sync(~0u, low);
     high = __reduce_max_sync(~0u, high);
     if (group.lane() == 0) s.low[group.warp()] = low, s.high[group.warp()] = high;
+    for (int i = group.thread; i < kBins; i += Group::kThreads) s.histogram[i] = 0;
     group.sync();
 #pragma unroll
     for (int w = 0; w < Group::kWarps; ++w) low = min(low, s.low[w]), high = max(high, s.high[w]);
+    ++low;
     while (true) {
         const int shift = max(32 - __clz(high - low) - kLogBins, 0);
-        for (int i = group.thread; i < kBins; i += Group::kThreads) s.histogram[i] = 0;
-        group.sync();
-#pragma unroll 4
-        for (int i = group.thread; i < n; i += Group::kThreads) {
-            const uint32_t v = value(i);  // 0 lies outside the range: low is at least 1
-            if (v - low <= high - low) atomicAdd(&s.histogram[(v - low) >> shift], 1);
-        }
+        for_each_value([&](uint32_t v) {  // 0 lies outside the range: low is at least 1
+            shared_add(&s.histogram[(v - low) >> shift & (kBins - 1)], 1, v - low <= high - low);
+        });
         group.sync();
         const Cut bin = find_bin(group, s, wanted);
         low += bin.value << shift;
         high = min(high, low + ((1u << shift) - 1));
         wanted = bin.wanted;
         if (shift == 0 || wanted == bin.count) return {low, wanted, bin.count};
+        for (int i = group.thread; i < kBins; i += Group::kThreads) s.histogram[i] = 0;
+        group.sync();
     }
 }
 
-// The threshold of the best `topk` among n candidates, at least topk of which are not 0; keys[i] in
+// The threshold of the best `topk` among n candidates, at least topk of which are not 0; keys in
 // shared memory.
 template <class Group>
 __device__ Threshold find_threshold(const Group& group, SelectScratch& s, int n,
                                     const uint32_t* keys, const int32_t* positions, int topk) {
-    const Cut cut = find_cut(group, s, n, [&](int i) { return keys[i]; }, topk);
+    const Cut cut = find_cut<false>(
+        group, s, n, keys, positions, [](uint32_t key, int32_t) { return key; }, topk);
     if (cut.wanted == cut.count) return {cut.value, INT_MAX};
-    const auto earliness = [&](int i) {
-        return keys[i] == cut.value ? 0x80000000u - positions[i] : 0u;
+    const auto earliness = [&](uint32_t key, int32_t position) {
+        return key == cut.value ? 0x80000000u - position : 0u;
     };
-    const Cut tie = find_cut(group, s, n, earliness, cut.wanted);
+    const Cut tie = find_cut<true>(group, s, n, keys, positions, earliness, cut.wanted);
     return {cut.value, static_cast<int32_t>(0x80000000u - tie.value)};
 }
 
-// Moves the candidates that belong to the front of `keys` and `positions`; `view` holds the keys to
+// Moves the candidates that belong to the front of `keys` and `positions`; `list` holds the keys to
 // judge by, and may be `keys` itself. A step reads its candidates before anything is written, and
 // writes no further than it has read.
 template <class Group>
-__device__ void keep(const Group& group, SelectScratch& s, int n, const uint32_t* view,
+__device__ void keep(const Group& group, SelectScratch& s, int n, const uint32_t* list,
                      Threshold threshold, uint32_t* keys, int32_t* positions) {
-    constexpr int kOwn = 4;
-    if (group.thread == 0) s.kept = 0;
-    for (int base = 0; base < n; base += kOwn * Group::kThreads) {
-        uint32_t key[kOwn];
-        int32_t position[kOwn];
+    constexpr int kFours = Group::kThreads > 128 ? 2 : 4;  // of a thread in a step
+    int kept = 0;
+    for (int base = 4 * group.thread; base < n + 4 * group.thread;
+         base += 4 * kFours * Group::kThreads) {
+        uint4 key[kFours];
+        int4 position[kFours];
 #pragma unroll
-        for (int u = 0; u < kOwn; ++u) {
-            const int i = base + u * Group::kThreads + group.thread;
-            key[u] = i < n ? view[i] : 0;
-            position[u] = 0;
-            if (key[u] != 0 && key[u] >= threshold.key) {
-                position[u] = positions[i];
-                if (key[u] == threshold.key && position[u] > threshold.last) key[u] = 0;
-            } else {
-                key[u] = 0;
+        for (int u = 0; u < kFours; ++u) {
+            const int i = base + 4 * u * Group::kThreads;
+            key[u] = {0, 0, 0, 0}, position[u] = {0, 0, 0, 0};
+            if (i < n) {
+                key[u] = *reinterpret_cast<const uint4*>(list + i);
+                position[u] = *reinterpret_cast<const int4*>(positions + i);
             }
         }
-        group.sync();
+        uint32_t members = 0;
+        const auto for_each = [&](const auto& f) {
 #pragma unroll
-        for (int u = 0; u < kOwn; ++u) {
-            const uint32_t ballot = __ballot_sync(~0u, key[u] != 0);
-            int place = 0;
-            if (ballot != 0 && group.lane() == 0) place = atomicAdd(&s.kept, __popc(ballot));
-            place = __shfl_sync(~0u, place, 0) + __popc(ballot & group.lanes_below());
-            if (key[u] != 0) keys[place] = key[u], positions[place] = position[u];
-        }
+            for (int u = 0; u < kFours; ++u) {
+                f(4 * u, key[u].x, position[u].x);
+                f(4 * u + 1, key[u].y, position[u].y);
+                f(4 * u + 2, key[u].z, position[u].z);
+                f(4 * u + 3, key[u].w, position[u].w);
+            }
+        };
+        for_each([&](int i, uint32_t k, int32_t p) {
+            members |= static_cast<uint32_t>(belongs(k, p, threshold)) << i;
+        });
+        int all;
+        int place = kept + sum_before(group, s, __popc(members), all);
+        kept += all;
+        for_each([&](int i, uint32_t k, int32_t p) {
+            if (members >> i & 1) keys[place] = k, positions[place] = p;
+            place += members >> i & 1;
+        });
+        group.sync();
     }
-    group.sync();
 }
 
-// Writes positions[0, count), distinct and in [0, length), ascending. `bitmap` is `words` words of
-// shared memory.
+constexpr int kBitmapWords = 4096;  // positions in a window: 131072
+
+// Writes the positions, in [0, length), of the candidates that belong, ascending. `bitmap` is
+// kBitmapWords words of shared memory, on 16 bytes.
 template <class Group>
-__device__ void write_ascending(const Group& group, SelectScratch& s, const int32_t* positions,
-                                int count, int length, uint32_t* bitmap, int words, int32_t* out) {
-    for (int64_t base = 0; base < length; base += 32 * words) {
-        const int used = static_cast<int>(min((length - base + 31) / 32, int64_t{words}));
-        for (int i = group.thread; i < used; i += Group::kThreads) bitmap[i] = 0;
+__device__ void write_ascending(const Group& group, SelectScratch& s, int n, const uint32_t* list,
+                                Threshold threshold, const int32_t* positions, int length,
+                                uint32_t* bitmap, int32_t* out) {
+    constexpr int kRun = kBitmapWords / Group::kWarps;  // words of a warp
+    static_assert(kRun % 128 == 0);
+    for (int64_t base = 0; base < length; base += 32 * kBitmapWords) {
+        for (int i = 4 * group.thread; i < kBitmapWords; i += 4 * Group::kThreads)
+            *reinterpret_cast<uint4*>(bitmap + i) = {0, 0, 0, 0};
         group.sync();
-        for (int i = group.thread; i < count; i += Group::kThreads) {
-            const int64_t bit = positions[i] - base;
-            if (bit >= 0 && bit < 32 * words) atomicOr(&bitmap[bit / 32], 1u << (bit % 32));
-        }
+        for_each_four<uint4>(group, list, n, [&](int i, uint4 key) {
+            int4 position = {0, 0, 0, 0};
+            if (i < n) position = *reinterpret_cast<const int4*>(positions + i);
+            const auto mark = [&](uint32_t k, int32_t p) {
+                const uint32_t bit = p - static_cast<int32_t>(base);
+                shared_or(&bitmap[bit / 32 % kBitmapWords], 1u << (bit % 32),
+                          belongs(k, p, threshold) && bit < 32 * kBitmapWords);
+            };
+            mark(key.x, position.x);
+            mark(key.y, position.y);
+            mark(key.z, position.z);
+            mark(key.w, position.w);
+        });
         group.sync();
         // Each warp owns a run of words: first its number of bits, then, with those of the warps
         // before it, the places.
-        const int run = ((used + Group::kWarps - 1) / Group::kWarps + 31) / 32 * 32;
-        const int begin = group.warp() * run, end = min(begin + run, used);
-        int bits = 0;
-        for (int i = begin + group.lane(); i < end; i += 32) bits += __popc(bitmap[i]);
-        bits = __reduce_add_sync(~0u, bits);
-        if (group.lane() == 0) s.low[group.warp()] = bits;
-        group.sync();
-        int place = 0, all = 0;
-#pragma unroll
-        for (int w = 0; w < Group::kWarps; ++w) {
-            if (w < group.warp()) place += s.low[w];
-            all += s.low[w];
-        }
-        for (int i = begin; i < end; i += 32) {
-            uint32_t word = i + group.lane() < end ? bitmap[i + group.lane()] : 0;
-            int inclusive = __popc(word);
-            const int own = inclusive;
+        const uint32_t* run = bitmap + group.warp() * kRun;
+        const auto four_words = [&](int i) {
+            return *reinterpret_cast<const uint4*>(run + i + 4 * group.lane());
+        };
+        const auto bits_of = [](uint4 w) {
+            return __popc(w.x) + __popc(w.y) + __popc(w.z) + __popc(w.w);
+        };
+        int bits = 0, all;
+        for (int i = 0; i < kRun; i += 128) bits += bits_of(four_words(i));
+        int place = __shfl_sync(~0u, sum_before(group, s, bits, all), 0);
+        for (int i = 0; i < kRun; i += 128) {
+            const uint4 four = four_words(i);
+            int inclusive = bits_of(four);
+            int at = place - inclusive;
 #pragma unroll
             for (int offset = 1; offset < 32; offset *= 2) {
                 const int other = __shfl_up_sync(~0u, inclusive, offset);
                 if (group.lane() >= offset) inclusive += other;
             }
-            int at = place + inclusive - own;
-            const int32_t first = static_cast<int32_t>(base) + 32 * (i + group.lane());
-            for (; word != 0; word &= word - 1) out[at++] = first + __ffs(word) - 1;
+            at += inclusive;
             place += __shfl_sync(~0u, inclusive, 31);
+            int32_t first =
+                static_cast<int32_t>(base) + 32 * (group.warp() * kRun + i + 4 * group.lane());
+            for (uint32_t word : {four.x, four.y, four.z, four.w}) {
+                for (; word != 0; word &= word - 1) out[at++] = first + __ffs(word) - 1;
+                first += 32;
+            }
         }
         out += all;
         group.sync();

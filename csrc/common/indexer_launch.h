@@ -32,7 +32,7 @@ inline CUtensorMap packed_keys(IndexerScoreParams& p, const Tensor& k, const Ten
     const auto dim = static_cast<cuuint64_t>(k.sizes()[1]);
     const cuuint64_t sizes[] = {dim, static_cast<cuuint64_t>(p.num_keys)};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(k.stride(0))};
-    const cuuint32_t box[] = {static_cast<cuuint32_t>(dim), kKeys};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(dim), kTileKeys};
     return byte_tensor_map(k.data_ptr(), 2, sizes, strides, box);
 }
 

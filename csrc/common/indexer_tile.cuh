@@ -1,17 +1,18 @@
 // Index scores on Hopper's FP8 tensor cores: the part that indexer_logits and indexer_topk share.
 //
-// A block of threads owns kTokens tokens. Four warpgroups take turns at tiles of 64 keys, which one
-// thread of a fifth loads by TMA into a ring a warpgroup. Keys are the rows of the product, the
+// A block of threads owns kTokens tokens. Two warpgroups take turns at tiles of 128 keys, which one
+// thread of a third loads by TMA into a ring a warpgroup. Keys are the rows of the product, the
 // (token, head) pairs its columns, in such an order that the columns a lane holds are all heads of
 // its own tokens: column 8 j + 2 c + e holds head 2 j + e of the tokens of lane c of a quad.
 // Weights stay in registers, ReLU and the weighted sum over heads need no shuffle: two instructions
-// a product. (With 64 heads two lanes share a token and add their halves: one shuffle.) While one
-// warpgroup waits for its product the three others do their sums: nothing else hides the tensor
-// cores' latency.
+// a product. (With 64 heads two lanes share a token and add their halves: one shuffle.)
 //
-// 64 accumulators and 32 weights a thread: the loading warpgroup gives registers to the scorers,
-// 112 each; one block an SM. At 16 heads x 64 a tile takes the tensor cores 128 cycles and the sums
-// 4 x 170 issue slots on four schedulers: bound by the sums.
+// A tile is two products of 64 keys with accumulators of their own: the tensor cores work on one
+// while the sums of the other are made. At 16 heads x 64 a product takes them 128 cycles and the
+// sums about 180 issue slots on each of four schedulers: bound by the sums. ReLU is a maximum for
+// one row of a thread and x + |x|, with the half in the scale, for the other: a maximum issues at
+// half rate, and so the two pipes share the work. 128 accumulators and 32 weights a thread: the
+// loading warpgroup gives registers to the scorers, 232 each; one block an SM.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -19,13 +20,14 @@
 
 namespace dsa {
 
-constexpr int kKeys = 64;  // of a tile, and of a page
-constexpr int kWarpgroups = 3;
+constexpr int kKeys = 64;  // of a product, and of a page
+constexpr int kTileKeys = 2 * kKeys;
+constexpr int kWarpgroups = 2;
 constexpr int kScoreThreads = 128 * kWarpgroups;
 constexpr int kIndexerThreads =
     kScoreThreads + 128;  // one more warpgroup, of which one thread loads
-constexpr int kScorerRegisters = 160, kLoaderRegisters = 32;  // of 128 at the start
-constexpr int kRoundKeys = kKeys * kWarpgroups;
+constexpr int kScorerRegisters = 232, kLoaderRegisters = 40;  // of 168 at the start
+constexpr int kRoundKeys = kTileKeys * kWarpgroups;
 
 constexpr int kSyncScorers = 1;  // numbers of named barriers; 0 is the whole block's
 constexpr int kSyncWarpgroup = 2;
@@ -40,8 +42,8 @@ struct IndexerShape {
     static constexpr int kLaneTokens = kTokens >= 4 ? kTokens / 4 : 1;
     static constexpr int kLanesPerToken = kTokens >= 4 ? 1 : 4 / kTokens;
     static constexpr int kLaneHeads = kHeads / kLanesPerToken;
-    static constexpr int kStages = kDim == 64 ? 3 : 2;
-    static constexpr int kTileBytes = kKeys * kDim;
+    static constexpr int kStages = 3;
+    static constexpr int kHalfBytes = kKeys * kDim;  // of a tile
 
     // Of lane `quad` of a quad: its tokens are token(quad, 0) ..., its heads begin at
     // first_head(quad).
@@ -54,7 +56,7 @@ struct IndexerShape {
 // The part of shared memory that scoring needs; aligned to 1024 bytes for the swizzle.
 template <class Shape>
 struct alignas(1024) ScoreStorage {
-    uint8_t keys[kWarpgroups][Shape::kStages][Shape::kTileBytes];
+    uint8_t keys[kWarpgroups][Shape::kStages][2 * Shape::kHalfBytes];
     uint8_t queries[Shape::kColumns * Shape::kDim];
     uint64_t full[kWarpgroups][Shape::kStages];
     uint64_t empty[kWarpgroups][Shape::kStages];
@@ -158,8 +160,8 @@ struct RingPosition {
     }
 };
 
-// The loader's side: tiles [first, last) of a run, tile i into the ring of warpgroup i % 4. By one
-// thread.
+// The loader's side: tiles [first, last) of a run, tile i into the ring of warpgroup i %
+// kWarpgroups. By one thread.
 template <class Shape>
 struct KeyLoader {
     RingPosition<Shape::kStages> positions[kWarpgroups];
@@ -169,17 +171,22 @@ struct KeyLoader {
         for (int round = first; round < last; round += kWarpgroups) {
 #pragma unroll
             for (int g = 0; g < kWarpgroups; ++g) {
+                const int key = (round + g) * kTileKeys;
                 if (round + g >= last) break;
                 RingPosition<Shape::kStages>& at = positions[g];
                 uint64_t* full = &s.full[g][at.stage];
+                uint8_t* keys = s.keys[g][at.stage];
                 mbarrier_wait(&s.empty[g][at.stage], at.parity ^ 1);
-                mbarrier_arrive_expect(full, Shape::kTileBytes);
                 if constexpr (Shape::kPaged) {  // a page outside the cache is all zeros
-                    const int page = p.page_table[run.sequence * p.table_stride + round + g];
-                    tma_load(map, full, s.keys[g][at.stage], 0, 0, page);
+                    const int32_t* pages =
+                        p.page_table + run.sequence * p.table_stride + key / kKeys;
+                    const bool both = key + kKeys < run.keys;
+                    mbarrier_arrive_expect(full, (both ? 2 : 1) * Shape::kHalfBytes);
+                    tma_load(map, full, keys, 0, 0, pages[0]);
+                    if (both) tma_load(map, full, keys + Shape::kHalfBytes, 0, 0, pages[1]);
                 } else {
-                    tma_load(map, full, s.keys[g][at.stage], 0,
-                             run.first_key + (round + g) * kKeys);
+                    mbarrier_arrive_expect(full, 2 * Shape::kHalfBytes);
+                    tma_load(map, full, keys, 0, run.first_key + key);
                 }
                 at.advance();
             }
@@ -187,22 +194,27 @@ struct KeyLoader {
     }
 };
 
-// A scorer's side. Each thread scores two keys, those of its rows, for each of its own tokens.
+// A scorer's side. Each thread scores four keys of a tile, two of each half, for each of its own
+// tokens.
 template <class Shape>
 struct Scorer {
     static constexpr int kOwn = Shape::kLaneTokens;
+    using Products = float[Shape::kColumns / 2];
 
-    // Scores of a tile: of keys key[0] and key[1] for own token a in score[a].
+    // Of one half of a tile: the scores of keys `key` and `key` + 8 for own token a in score[a].
     struct Scores {
-        int key[2];
+        int key;
         float score[kOwn][2];
+    };
+    // Of one half of a tile: the scales of those keys, and whether their page exists.
+    struct Scales {
+        float scale[2];
+        bool exists;
     };
 
     RingPosition<Shape::kStages> position;
     int group, lane, quad, row;
     float weights[kOwn * Shape::kLaneHeads];
-    float next_scale[2];
-    bool next_exists;
 
     __device__ Scorer()
         : group(threadIdx.x / 128),
@@ -223,70 +235,84 @@ struct Scorer {
         }
     }
 
-    // The scales of the keys of a tile, a tile ahead of their use.
-    __device__ void load_scales(const IndexerScoreParams& p, const TokenRun& run, int tile) {
-        const int key = tile * kKeys + row;
-        next_exists = true;
-        int64_t first = int64_t{run.first_key} + key;
-        if constexpr (Shape::kPaged) {
-            const int page =
-                key < run.keys ? p.page_table[run.sequence * p.table_stride + tile] : -1;
-            next_exists = 0 <= page && page < p.num_pages;
-            constexpr int kPageFloats = kKeys * (Shape::kDim + 4) / 4;
-            first = int64_t{page} * kPageFloats + kKeys * Shape::kDim / 4 + row;
-        }
-        next_scale[0] = next_exists && key < run.keys ? p.key_scale[first] : 0.0f;
-        next_scale[1] = next_exists && key + 8 < run.keys ? p.key_scale[first + 8] : 0.0f;
-    }
-
-    // Tiles first, first + 4, ... below last, all of this warpgroup; load_scales(first) comes
-    // before.
+    // Tiles first, first + kWarpgroups, ... below last, all of this warpgroup.
     template <class Consume>
     __device__ void score(const IndexerScoreParams& p, ScoreStorage<Shape>& s, const TokenRun& run,
-                          int first, int last, Consume consume) {
-        for (int tile = first; tile < last; tile += kWarpgroups) {
-            float product[Shape::kColumns / 2];
-            mbarrier_wait(&s.full[group][position.stage], position.parity);
-            const uint32_t keys = shared_address(s.keys[group][position.stage]);
+                          int first, int last, const Consume& consume) {
+        if (first >= last) return;
+        Products even, odd;
+        int key = first * kTileKeys + row;
+        Scales scales[2] = {load_scales(p, run, key), load_scales(p, run, key + kKeys)};
+        const auto start = [&](Products& products, int half) {
+            const uint32_t keys =
+                shared_address(s.keys[group][position.stage]) + half * Shape::kHalfBytes;
             const uint32_t queries = shared_address(s.queries);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < Shape::kDim; k += 32)
-                wgmma_e4m3(product, matrix_descriptor(keys + k, Shape::kDim),
+                wgmma_e4m3(products, matrix_descriptor(keys + k, Shape::kDim),
                            matrix_descriptor(queries + k, Shape::kDim), k > 0);
             wgmma_commit();
-            const float scale[2] = {next_scale[0], next_scale[1]};
-            const bool exists = next_exists;
-            load_scales(p, run, tile + kWarpgroups);
+        };
+        for (int tile = first; tile < last; tile += kWarpgroups) {
+            mbarrier_wait(&s.full[group][position.stage], position.parity);
+            start(even, 0);
+            start(odd, 1);
+            const Scales now[2] = {scales[0], scales[1]};
+            const int next = key + kWarpgroups * kTileKeys;
+            scales[0] = load_scales(p, run, next);
+            scales[1] = load_scales(p, run, next + kKeys);
+            wgmma_wait<1>();
+            wgmma_pin(even);
+            consume(sum(even, now[0], key));
             wgmma_wait<0>();
-            wgmma_pin(product);
+            wgmma_pin(odd);
             if (lane == 0) mbarrier_arrive(&s.empty[group][position.stage]);
             position.advance();
-
-            Scores scores;
-            scores.key[0] = tile * kKeys + row;
-            scores.key[1] = scores.key[0] + 8;
-#pragma unroll
-            for (int a = 0; a < kOwn; ++a) {
-                float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-                for (int h = 0; h < Shape::kLaneHeads; ++h) {
-                    const int i = a * Shape::kLaneHeads + h;
-#pragma unroll
-                    for (int r = 0; r < 2; ++r)
-                        sum[r] = fmaf(max_nan(product[i / 2 * 4 + 2 * r + i % 2], 0.0f), weights[i],
-                                      sum[r]);
-                }
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    if constexpr (Shape::kLanesPerToken == 2)
-                        sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-                    scores.score[a][r] = sum[r] * scale[r];
-                    if (Shape::kPaged && !exists) scores.score[a][r] = -INFINITY;
-                }
-            }
-            consume(scores);
+            consume(sum(odd, now[1], key + kKeys));
+            key = next;
         }
+    }
+
+    __device__ Scales load_scales(const IndexerScoreParams& p, const TokenRun& run, int key) {
+        bool exists = true;
+        int64_t first = int64_t{run.first_key} + key;
+        if constexpr (Shape::kPaged) {
+            constexpr int kPageFloats = kKeys * (Shape::kDim + 4) / 4;
+            const int page =
+                key < run.keys ? p.page_table[run.sequence * p.table_stride + key / kKeys] : -1;
+            exists = 0 <= page && page < p.num_pages;
+            first = int64_t{page} * kPageFloats + kKeys * Shape::kDim / 4 + row;
+        }
+        return {{exists && key < run.keys ? p.key_scale[first] : 0.0f,
+                 exists && key + 8 < run.keys ? p.key_scale[first + 8] : 0.0f},
+                exists};
+    }
+
+    // The weighted sums over heads of one half.
+    __device__ Scores sum(const Products& products, const Scales& scales, int key) {
+        Scores result;
+        result.key = key;
+#pragma unroll
+        for (int a = 0; a < kOwn; ++a) {
+            float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int h = 0; h < Shape::kLaneHeads; ++h) {
+                const int i = a * Shape::kLaneHeads + h;
+                const float* x = &products[i / 2 * 4 + i % 2];
+                sum[0] = fmaf(max_nan(x[0], 0.0f), weights[i], sum[0]);
+                sum[1] = fmaf(x[2] + fabsf(x[2]), weights[i], sum[1]);
+            }
+            result.score[a][0] = scales.scale[0];
+            result.score[a][1] = 0.5f * scales.scale[1];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                if constexpr (Shape::kLanesPerToken == 2) sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+                result.score[a][r] *= sum[r];
+                if (Shape::kPaged && !scales.exists) result.score[a][r] = -INFINITY;
+            }
+        }
+        return result;
     }
 };
 

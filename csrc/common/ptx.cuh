@@ -69,6 +69,28 @@ __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// 9.7.9.25 cp.async: 16 bytes into shared memory, and the wait for all of this thread.
+__device__ __forceinline__ void copy_async(void* target, const void* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
+                 "l"(source)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// 9.7.9.25 cp.async.bulk: `bytes`, a multiple of 16, between addresses on 16 bytes, into shared
+// memory.
+__device__ __forceinline__ void bulk_load(void* target, const void* source, uint32_t bytes,
+                                          uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(shared_address(target)),
+        "l"(source), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
 // 9.7.9.27 cp.async.bulk.tensor: the box of a 2-D or 3-D tensor map at (x, y, z), into shared
 // memory.
 __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barrier, void* target,
@@ -86,6 +108,23 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barri
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(target)),
         "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
+// 9.7.13.14 red: adds to a word of shared memory where `active`, without a branch.
+__device__ __forceinline__ void shared_add(uint32_t* word, uint32_t value, bool active) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p red.shared::cta.add.u32 [%0], %1; }" ::"r"(
+            shared_address(word)),
+        "r"(value), "r"(int{active})
+        : "memory");
+}
+
+__device__ __forceinline__ void shared_or(uint32_t* word, uint32_t value, bool active) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p red.shared::cta.or.b32 [%0], %1; }" ::"r"(
+            shared_address(word)),
+        "r"(value), "r"(int{active})
         : "memory");
 }
 

@@ -30,14 +30,14 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
 #pragma unroll
     for (int t = 0; t < Shape::kTokens; ++t) {
         most = max(most, s.visible[t]);
-        if (s.visible[t] > max(p.min_visible, first_tile * kKeys)) scored |= 1u << t;
+        if (s.visible[t] > max(p.min_visible, first_tile * kTileKeys)) scored |= 1u << t;
     }
     if (p.visible != nullptr && key_block == 0 && threadIdx.x < Shape::kTokens &&
         first_token + threadIdx.x < p.tokens)
         p.visible[first_token + threadIdx.x] = s.visible[threadIdx.x];
 
     const auto tiles_end = [&](const TokenRun& run) {
-        return min(end_tile, (run.keys + kKeys - 1) / kKeys);
+        return min(end_tile, (run.keys + kTileKeys - 1) / kTileKeys);
     };
     if (threadIdx.x >= kScoreThreads) {
         give_registers_back<kLoaderRegisters>();
@@ -52,10 +52,10 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
     } else {
         take_registers<kScorerRegisters>();
         if (p.fill) {
-            const int64_t end = min(int64_t{end_tile} * kKeys, int64_t{p.width});
+            const int64_t end = min(int64_t{end_tile} * kTileKeys, int64_t{p.width});
             for (int t = 0; t < Shape::kTokens && first_token + t < p.tokens; ++t) {
                 float* row = p.out + (first_token + t) * p.out_stride;
-                const int64_t unseen = max(s.visible[t], first_tile * kKeys);
+                const int64_t unseen = max(s.visible[t], first_tile * kTileKeys);
                 for (int64_t key = unseen + threadIdx.x; key < end; key += kScoreThreads)
                     row[key] = -INFINITY;
             }
@@ -79,13 +79,13 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                 row[a] = p.out + (first_token + token) * p.out_stride;
             }
             const int first = first_tile + scorer.group;
-            scorer.load_scales(p, run, first);
             scorer.score(p, s, run, first, tiles_end(run), [&](const auto& scores) {
 #pragma unroll
                 for (int a = 0; a < Shape::kLaneTokens; ++a)
 #pragma unroll
                     for (int r = 0; r < 2; ++r)
-                        if (scores.key[r] < seen[a]) row[a][scores.key[r]] = scores.score[a][r];
+                        if (scores.key + 8 * r < seen[a])
+                            row[a][scores.key + 8 * r] = scores.score[a][r];
             });
         }
     }

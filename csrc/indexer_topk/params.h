@@ -12,8 +12,10 @@ struct IndexerTopkParams : IndexerScoreParams {
     int32_t* next_block;  // zero: how many blocks of tokens are taken
     int32_t token_blocks;
     int32_t topk;
-    int32_t segment;   // candidates that a warp can append to a token's list between two cuts
-    int32_t capacity;  // topk + a segment for each warp
+    int32_t front;  // of a list: room for topk, a multiple of 4
+    int32_t
+        segment;  // candidates that a warp can append to a list between two cuts, a multiple of 4
+    int32_t capacity;  // front + a segment for each warp
 };
 
 }  // namespace dsa

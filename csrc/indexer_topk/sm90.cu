@@ -8,7 +8,7 @@ namespace dsa {
 namespace {
 
 constexpr int64_t kWorkspaceBytes = 60 << 20;
-constexpr int kLargestSegment = 512;
+constexpr int kLargestSegment = 1024;
 
 template <class Shape>
 void launch(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& like, cudaStream_t stream) {
@@ -18,11 +18,11 @@ void launch(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& like, cu
     const int64_t list_bytes = kWorkspaceBytes / (8 * Shape::kTokens * blocks);
     const int64_t most =
         std::min<int64_t>(list_bytes, (kSharedBytes - kStorageBytes) / (4 * kWarpgroups));
-    p.segment =
-        std::min<int64_t>((most - p.topk) / kScoreWarps, kLargestSegment) / kWarpKeys * kWarpKeys;
-    STD_TORCH_CHECK(p.segment >= 2 * kFewestRounds * kWarpKeys,
-                    "topk: no room for the candidates of ", p.topk);
-    p.capacity = p.topk + kScoreWarps * p.segment;
+    p.front = (p.topk + 3) / 4 * 4;
+    p.segment = std::min<int64_t>((most - p.front) / kScoreWarps, kLargestSegment) / 4 * 4;
+    STD_TORCH_CHECK(p.segment >= kFewestRounds * kWarpKeys, "topk: no room for the candidates of ",
+                    p.topk);
+    p.capacity = p.front + kScoreWarps * p.segment;
 
     const int64_t entries = int64_t{blocks} * Shape::kTokens * p.capacity;
     Tensor workspace = torch::stable::new_empty(like, {2 * entries + 1}, ScalarType::Int);

@@ -23,22 +23,23 @@
 namespace dsa {
 
 constexpr int kScoreWarps = kScoreThreads / 32;
-constexpr int kWarpKeys = 16;     // of a tile: the most that a warp appends to a list
+constexpr int kWarpKeys = 32;     // of a tile: the most that a warp appends to a list
 constexpr int kFewestRounds = 2;  // tiles a warpgroup that are worth going on for without a cut
 
 template <class Shape>
 struct alignas(1024) TopkStorage {
     ScoreStorage<Shape> score;
+    uint32_t bitmap[kWarpgroups][kBitmapWords];
     SelectScratch scratch[kWarpgroups];
     int appended[2][kScoreWarps]
                 [Shape::kTokens];  // in turn, so that one can be read while the next fills
     int front[Shape::kTokens];     // candidates before the segments
     float bound[Shape::kTokens];
     int block;
-    uint32_t lists[];  // [kWarpgroups][capacity]: keys of the list that is cut
+    alignas(16) uint32_t lists[];  // [kWarpgroups][capacity]: keys of the list that is cut
 };
 
-// Cuts the list of token t, by one warpgroup; `last`: and writes the set.
+// Cuts the list of token t, by one warpgroup; `last`: and writes the set instead of keeping it.
 template <class Shape>
 __device__ void cut_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, int first_token, int t,
                          int turn, bool last) {
@@ -50,26 +51,32 @@ __device__ void cut_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, int 
     int32_t* positions = p.positions + offset;
 
     const int front = s.front[t];
-    for (int i = group.thread; i < p.topk; i += 128) list[i] = i < front ? keys[i] : 0;
+    for (int i = (front > 0 ? 0 : p.front) + 4 * group.thread; i < p.capacity; i += 4 * 128)
+        copy_async(list + i, keys + i);
+    copy_async_wait();
+    group.sync();
+    for (int i = front + group.thread; i < p.front; i += 128) list[i] = 0;
     int total = front;
     for (int w = 0; w < kScoreWarps; ++w) {
-        const int appended = s.appended[turn][w][t], begin = p.topk + w * p.segment;
+        const int appended = s.appended[turn][w][t];
+        uint32_t* segment = list + p.front + w * p.segment;
+        for (int i = appended + group.thread; i < p.segment; i += 128) segment[i] = 0;
         total += appended;
-        for (int i = group.thread; i < p.segment; i += 128)
-            list[begin + i] = i < appended ? keys[begin + i] : 0;
     }
     group.sync();
     Threshold threshold{0, INT_MAX};
     if (total >= p.topk)
         threshold = find_threshold(group, s.scratch[g], p.capacity, list, positions, p.topk);
-    keep(group, s.scratch[g], p.capacity, list, threshold, keys, positions);
     if (last) {
         int32_t* row = p.indices + static_cast<int64_t>(first_token + t) * p.topk;
-        write_ascending(group, s.scratch[g], positions, p.topk, s.score.visible[t], list,
-                        p.capacity, row);
-    } else if (group.thread == 0) {
-        s.front[t] = min(total, p.topk);
-        if (total >= p.topk) s.bound[t] = score_of(threshold.key);
+        write_ascending(group, s.scratch[g], p.capacity, list, threshold, positions,
+                        s.score.visible[t], s.bitmap[g], row);
+    } else {
+        keep(group, s.scratch[g], p.capacity, list, threshold, keys, positions);
+        if (group.thread == 0) {
+            s.front[t] = min(total, p.topk);
+            if (total >= p.topk) s.bound[t] = score_of(threshold.key);
+        }
     }
 }
 
@@ -89,15 +96,15 @@ struct Appender {
                        below = (1u << (threadIdx.x % 32)) - 1;
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
-            const bool first = scores.key[0] < seen[a] && passes(scores.score[a][0], bound[a]);
-            const bool second = scores.key[1] < seen[a] && passes(scores.score[a][1], bound[a]);
+            const bool first = scores.key < seen[a] && passes(scores.score[a][0], bound[a]);
+            const bool second = scores.key + 8 < seen[a] && passes(scores.score[a][1], bound[a]);
             const uint32_t firsts = __ballot_sync(~0u, first) & quad_lanes;
             const uint32_t seconds = __ballot_sync(~0u, second) & quad_lanes;
             uint32_t* end = keys + a * p.capacity + count[a];
-            if (first) append(p, end + __popc(firsts & below), scores.score[a][0], scores.key[0]);
+            if (first) append(p, end + __popc(firsts & below), scores.score[a][0], scores.key);
             if (second)
                 append(p, end + __popc(firsts) + __popc(seconds & below), scores.score[a][1],
-                       scores.key[1]);
+                       scores.key + 8);
             count[a] += __popc(firsts) + __popc(seconds);
         }
     }
@@ -119,7 +126,7 @@ __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Sc
     const int own = Shape::token(scorer.quad, 0);
     appender.keys = p.keys +
                     (static_cast<int64_t>(blockIdx.x) * Shape::kTokens + own) * p.capacity +
-                    p.topk + warp * p.segment;
+                    p.front + warp * p.segment;
 #pragma unroll
     for (int a = 0; a < Shape::kLaneTokens; ++a) {
         const bool mine = run.tokens >> (own + a) & 1 && scorer.quad % Shape::kLanesPerToken == 0;
@@ -127,9 +134,8 @@ __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Sc
         appender.bound[a] = NAN;
         appender.count[a] = 0;
     }
-    const int tiles = (run.keys + kKeys - 1) / kKeys,
+    const int tiles = (run.keys + kTileKeys - 1) / kTileKeys,
               rounds = (tiles + kWarpgroups - 1) / kWarpgroups;
-    scorer.load_scales(p, run, scorer.group);
     int turn = 0;
     for (int done = 0, fullest = 0; done < rounds;) {
         const int first = done * kWarpgroups + scorer.group;
@@ -197,7 +203,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
             while (scored != 0 && threadIdx.x == kScoreThreads) {
                 const TokenRun run = next_run(s.score, scored);
                 scored &= ~run.tokens;
-                loader.load(p, map, s.score, run, 0, (run.keys + kKeys - 1) / kKeys);
+                loader.load(p, map, s.score, run, 0, (run.keys + kTileKeys - 1) / kTileKeys);
             }
         }
     } else {

@@ -1,12 +1,13 @@
 // topk_select on the GPU: exact, deterministic, smallest position first among equals, no workspace.
 //
-// One block of 512 threads a row reads it once. Each warp takes 256 columns of every 4096, loaded
-// one step ahead; what beats the bound goes to the warp's own segment of the list of candidates in
-// shared memory: a ballot and a store, no atomics. The fullest segment says how many steps fit
-// before the warps meet again; when none does, the list is cut to the best `topk` and the bound
-// rises to the last of them (common/candidates.cuh). In random order that happens after 10 K
-// columns and 40 K; the last cut, after the last column, gives the set. 103 KB of shared memory:
-// two blocks an SM, so that one reads while the other cuts.
+// A block reads its row once: one warp copies rounds of 4096 columns by TMA into a ring in shared
+// memory, 16 warps take 256 columns each of a round. What beats the bound goes to the warp's own
+// segment of the list of candidates in shared memory: a ballot and a store, no atomics. The fullest
+// segment says how many rounds fit before the warps meet again; when none does, the list is cut to
+// the best `topk` and the bound rises to the last of them (common/candidates.cuh). In random order
+// that happens after 8 K columns, 22 K and 60 K; the last cut, after the last column, gives the
+// set. The ring, 96 KB of scores, fills while a cut runs: one block of 200 KB an SM, bound by
+// memory for long rows, by the cuts for short ones.
 #include <algorithm>
 
 #include "common/candidates.cuh"
@@ -16,72 +17,144 @@
 namespace dsa {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kLaneColumns = 8;  // a step
-constexpr int kStep = 32 * kLaneColumns;
-constexpr int kSegment = 640;
+constexpr int kScanThreads = 512;
+constexpr int kThreads = kScanThreads + 32;  // one warp loads
+constexpr int kWarps = kScanThreads / 32;
+constexpr int kLaneColumns = 8;  // of a round
+constexpr int kWarpColumns = 32 * kLaneColumns;
+constexpr int kRoundColumns = kWarps * kWarpColumns;
+constexpr int kSegment = 512;
 
-using Group = ThreadGroup<kThreads>;
-
-struct Storage {
-    SelectScratch scratch;
-    int appended[2][kWarps];  // in turn, so that one can be read while the next fills
-    uint32_t list[];          // [capacity] keys, then [capacity] positions
-};
+using Group = ThreadGroup<kScanThreads>;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// What a lane holds of a step: kLaneColumns columns, in vectors of 16 bytes, and which of them
-// belong to the row.
 template <typename T>
-struct Columns {
-    static constexpr int kVector = 16 / sizeof(T);
-    static constexpr int kLoads = kLaneColumns / kVector;
-    union {
-        uint4 raw[kLoads];
-        T value[kLaneColumns];
-    };
-    uint32_t inside = 0;
+struct Storage {
+    static constexpr int kStages = sizeof(T) == 4 ? 6 : 8;
+    alignas(16) T ring[kStages][kRoundColumns];
+    uint32_t bitmap[kBitmapWords];
+    SelectScratch scratch;
+    uint64_t full[kStages];
+    uint64_t empty[kStages];
+    int appended[2][kWarps];      // in turn, so that one can be read while the next fills
+    alignas(16) uint32_t list[];  // [capacity] keys, then [capacity] positions
+};
 
-    __device__ Columns() {}
+// The columns of a row, counted from the 16-byte boundary before the first one: [begin, end).
+template <typename T>
+struct Row {
+    const T* scores;
+    int64_t begin;
+    int64_t end;
 
-    // Of the columns counted from `row`, an aligned address; those in [begin, end) belong.
-    __device__ void load(const T* row, int64_t first, int64_t begin, int64_t end) {
-        inside = 0;
-#pragma unroll
-        for (int j = 0; j < kLoads; ++j) {
-            const int64_t at = first + column(j * kVector);
-            if (at >= begin && at + kVector <= end) {
-                raw[j] = __ldcs(reinterpret_cast<const uint4*>(row + at));
-                inside |= ((1u << kVector) - 1) << (j * kVector);
-            } else {
-#pragma unroll
-                for (int v = 0; v < kVector; ++v)
-                    if (at + v >= begin && at + v < end) {
-                        value[j * kVector + v] = row[at + v];
-                        inside |= 1u << (j * kVector + v);
-                    }
-            }
-        }
-    }
-
-    // The column of value i, counted from the first of the step.
-    static __device__ int column(int i) {
-        return i / kVector * (32 * kVector) + threadIdx.x % 32 * kVector + i % kVector;
+    __device__ int rounds() const {
+        return static_cast<int>((end + kRoundColumns - 1) / kRoundColumns);
     }
 };
 
+// Whole 16-byte pieces that hold at least one column of the row; by one thread.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) topk_select_kernel(const TopkSelectParams p) {
-    extern __shared__ uint8_t dynamic[];
-    Storage& s = *reinterpret_cast<Storage*>(dynamic);
-    uint32_t* keys = s.list;
-    int32_t* positions = reinterpret_cast<int32_t*>(s.list + p.capacity);
+__device__ void load_row(const Row<T>& row, Storage<T>& s) {
+    constexpr int kPiece = 16 / sizeof(T);
+    for (int round = 0; round < row.rounds(); ++round) {
+        const int stage = round % Storage<T>::kStages;
+        const int64_t first = int64_t{round} * kRoundColumns;
+        const int64_t left = (row.end - first + kPiece - 1) / kPiece * kPiece;
+        const uint32_t bytes = sizeof(T) * min(left, int64_t{kRoundColumns});
+        mbarrier_wait(&s.empty[stage], round / Storage<T>::kStages % 2 ^ 1);
+        mbarrier_arrive_expect(&s.full[stage], bytes);
+        bulk_load(s.ring[stage], row.scores + first, bytes, &s.full[stage]);
+    }
+}
+
+// Appends what passes of a round to this warp's segment; `count` is how much it holds. `first` is
+// the position of the lane's first column.
+template <typename T>
+__device__ void append(const T* columns, int64_t first, int64_t length, bool edge, float bound,
+                       uint32_t* keys, int32_t* positions, int& count) {
+    constexpr int kVector = 16 / sizeof(T);
+    const uint32_t lanes_below = (1u << (threadIdx.x % 32)) - 1;
+#pragma unroll
+    for (int j = 0; j < kLaneColumns; j += kVector) {
+        union {
+            uint4 raw;
+            T value[kVector];
+        } four;
+        four.raw = *reinterpret_cast<const uint4*>(columns + j * 32);
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+            const float score = to_float(four.value[v]);
+            bool pass = passes(score, bound);
+            if (edge) pass = pass && first + j * 32 + v >= 0 && first + j * 32 + v < length;
+            const uint32_t ballot = __ballot_sync(~0u, pass);
+            if (pass) {
+                const int at = count + __popc(ballot & lanes_below);
+                keys[at] = order_key(score);
+                positions[at] = static_cast<int32_t>(first) + j * 32 + v;
+            }
+            count += __popc(ballot);
+        }
+    }
+}
+
+template <typename T>
+__device__ void select_row(const TopkSelectParams& p, const Row<T>& row, Storage<T>& s,
+                           int32_t* out) {
+    constexpr int kStages = Storage<T>::kStages;
     const Group group{static_cast<int>(threadIdx.x), 1};
     const int lane = group.lane(), warp = group.warp();
+    const int rounds = row.rounds(), own = p.front + warp * p.segment;
+    const int in_round = warp * kWarpColumns + lane * (16 / sizeof(T));
+    const int64_t length = row.end - row.begin;
+    uint32_t* keys = s.list;
+    int32_t* positions = reinterpret_cast<int32_t*>(s.list + p.capacity);
 
+    int count = 0, front = 0, turn = 0;
+    float bound = NAN;
+    for (int done = 0, fullest = 0; done < rounds;) {
+        const int stop = min(rounds, done + (p.segment - fullest) / kWarpColumns);
+        for (; done < stop; ++done) {
+            const int stage = done % kStages;
+            mbarrier_wait(&s.full[stage], done / kStages % 2);
+            append(s.ring[stage] + in_round, int64_t{done} * kRoundColumns + in_round - row.begin,
+                   length, done == 0 || done == rounds - 1, bound, keys + own, positions + own,
+                   count);
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(&s.empty[stage]);
+        }
+        turn ^= 1;
+        if (lane == 0) s.appended[turn][warp] = count;
+        group.sync();
+        fullest = __reduce_max_sync(~0u, s.appended[turn][lane % kWarps]);
+        const bool last = done == rounds;
+        if (!last && p.segment - fullest >= kWarpColumns) continue;
+
+        for (int i = count + lane; i < p.segment; i += 32) keys[own + i] = 0;
+        for (int i = front + threadIdx.x; i < p.front; i += kScanThreads) keys[i] = 0;
+        const int total =
+            front + __reduce_add_sync(~0u, lane < kWarps ? s.appended[turn][lane] : 0);
+        group.sync();
+        Threshold threshold{0, INT_MAX};
+        if (total >= p.topk)
+            threshold = find_threshold(group, s.scratch, p.capacity, keys, positions, p.topk);
+        if (last) {
+            write_ascending(group, s.scratch, p.capacity, keys, threshold, positions,
+                            static_cast<int>(length), s.bitmap, out);
+        } else {
+            keep(group, s.scratch, p.capacity, keys, threshold, keys, positions);
+            if (total >= p.topk) bound = score_of(threshold.key);
+            front = min(total, p.topk);
+            count = fullest = 0;
+        }
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) topk_select_kernel(const TopkSelectParams p) {
+    extern __shared__ __align__(16) uint8_t dynamic[];
+    Storage<T>& s = *reinterpret_cast<Storage<T>*>(dynamic);
     const int row = blockIdx.x;
     const int start = p.starts ? min(max(p.starts[row], 0), p.width) : 0;
     const int n = p.lengths ? min(max(p.lengths[row], 0), p.width - start) : p.width - start;
@@ -90,65 +163,22 @@ __global__ void __launch_bounds__(kThreads, 2) topk_select_kernel(const TopkSele
         for (int i = threadIdx.x; i < p.topk; i += kThreads) out[i] = i < n ? i : -1;
         return;
     }
-    // Columns are counted from the 16-byte boundary before the first one.
     const T* scores = static_cast<const T*>(p.scores) + row * p.row_stride + start;
-    const int64_t origin = reinterpret_cast<uintptr_t>(scores) % 16 / sizeof(T);
-    scores -= origin;
-    const int64_t end = origin + n;
-    const int rounds = static_cast<int>((end + kWarps * kStep - 1) / (kWarps * kStep));
-    const auto first_of = [&](int round) { return (int64_t{round} * kWarps + warp) * kStep; };
-
-    const int own = p.topk + warp * p.segment;  // where this warp's segment begins
-    int count = 0, front = 0, turn = 0;
-    float bound = NAN;
-    Columns<T> next;
-    next.load(scores, first_of(0), origin, end);
-    for (int done = 0, fullest = 0; done < rounds;) {
-        const int stop = min(rounds, done + (p.segment - fullest) / kStep);
-        for (; done < stop; ++done) {
-            Columns<T> now = next;
-            next.load(scores, first_of(done + 1), origin, end);
-            const int first = static_cast<int>(first_of(done) - origin);
-            uint32_t passing = 0;
-#pragma unroll
-            for (int i = 0; i < kLaneColumns; ++i)
-                passing |= static_cast<uint32_t>(passes(to_float(now.value[i]), bound)) << i;
-            passing &= now.inside;
-            if (__any_sync(~0u, passing)) {
-#pragma unroll
-                for (int i = 0; i < kLaneColumns; ++i) {
-                    const bool pass = passing >> i & 1;
-                    const uint32_t ballot = __ballot_sync(~0u, pass);
-                    const int at = own + count + __popc(ballot & group.lanes_below());
-                    if (pass) {
-                        keys[at] = order_key(to_float(now.value[i]));
-                        positions[at] = first + Columns<T>::column(i);
-                    }
-                    count += __popc(ballot);
-                }
-            }
+    const int64_t begin = reinterpret_cast<uintptr_t>(scores) % 16 / sizeof(T);
+    const Row<T> columns{scores - begin, begin, begin + n};
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < Storage<T>::kStages; ++stage) {
+            mbarrier_init(&s.full[stage], 1);
+            mbarrier_init(&s.empty[stage], kWarps);
         }
-        turn ^= 1;
-        if (lane == 0) s.appended[turn][warp] = count;
-        group.sync();
-        fullest = __reduce_max_sync(~0u, s.appended[turn][lane % kWarps]);
-        if (done < rounds && p.segment - fullest >= kStep) continue;
-
-        for (int i = count + lane; i < p.segment; i += 32) keys[own + i] = 0;
-        for (int i = front + threadIdx.x; i < p.topk; i += kThreads) keys[i] = 0;
-        const int total =
-            front + __reduce_add_sync(~0u, lane < kWarps ? s.appended[turn][lane] : 0);
-        group.sync();
-        Threshold threshold{0, INT_MAX};
-        if (total >= p.topk) {
-            threshold = find_threshold(group, s.scratch, p.capacity, keys, positions, p.topk);
-            bound = score_of(threshold.key);
-        }
-        keep(group, s.scratch, p.capacity, keys, threshold, keys, positions);
-        front = min(total, p.topk);
-        count = fullest = 0;
+        fence_mbarrier_init();
     }
-    write_ascending(group, s.scratch, positions, p.topk, n, keys, p.capacity, out);
+    __syncthreads();
+    if (threadIdx.x < kScanThreads) {
+        select_row(p, columns, s, out);
+    } else if (threadIdx.x == kScanThreads) {
+        load_row(columns, s);
+    }
 }
 
 }  // namespace
@@ -167,21 +197,22 @@ Tensor topk_select(const Tensor& scores, int64_t topk, std::optional<Tensor> sta
         .rows = static_cast<int32_t>(rows),
         .width = static_cast<int32_t>(scores.sizes()[1]),
         .topk = static_cast<int32_t>(topk),
+        .front = static_cast<int32_t>((topk + 3) / 4 * 4),
         .segment = kSegment,
-        .capacity = static_cast<int32_t>(topk + kWarps * kSegment),
     };
+    params.capacity = params.front + kWarps * kSegment;
     const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
     const cudaStream_t stream = current_stream(scores);
-    const auto launch = [&](auto* kernel) {
-        const int shared = sizeof(Storage) + 8 * params.capacity;
+    const auto launch = [&](auto* kernel, int storage_bytes) {
+        const int shared = storage_bytes + 8 * params.capacity;
         allow_shared_memory(kernel, shared);
         kernel<<<rows, kThreads, shared, stream>>>(params);
         check_launch("topk_select_kernel");
     };
     if (scores.scalar_type() == ScalarType::Float) {
-        launch(topk_select_kernel<float>);
+        launch(topk_select_kernel<float>, sizeof(Storage<float>));
     } else {
-        launch(topk_select_kernel<__nv_bfloat16>);
+        launch(topk_select_kernel<__nv_bfloat16>, sizeof(Storage<__nv_bfloat16>));
     }
     return indices;
 }

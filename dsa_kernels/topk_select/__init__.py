@@ -49,7 +49,7 @@ def _check(
     a.optional("lengths", lengths, "R", INT32, contiguous=True)
 
 
-LARGEST_CUDA_TOPK = 16384  # its list of candidates lies in shared memory
+LARGEST_CUDA_TOPK = 4096  # its list of candidates lies in shared memory
 
 
 def _cuda_declines(_scores: torch.Tensor, topk: int, *_: object) -> str | None:
