@@ -1,11 +1,13 @@
-// Exact selection on the GPU: a group of threads cuts a list of candidates down to the best `topk`,
-// in the order (score descending, position ascending), and writes their positions ascending.
+// Exact selection on the GPU: what a group of threads does with a list of candidates, each a score
+// and a position.
 //
-// Two kernels stream scores past a bound and append what beats it to a list (topk_select,
-// indexer_topk). When the list is full, the group finds the topk-th best, drops what is worse and
-// goes on with a higher bound. That is exact for any input: the bound is the score of a candidate
-// that topk - 1 others equal or beat, and keys come in ascending order from one cut to the next, so
-// what only ties with the bound comes too late.
+// Two kernels stream scores past a bound and append what beats it (topk_select, indexer_topk). They
+// guess the bound from a sample of the row: if at least `topk` scores beat it and the list holds
+// them all, the best `topk` of the list are the set, whatever the guess was. If not, they go
+// through the row again with a bound that is certain: when the list is full, it is cut to its best
+// `topk`, and the bound rises to the last of these. Keys come in ascending order from one cut to
+// the next, so what only ties with that bound comes too late. Exact for any input, in at most two
+// passes.
 //
 // A cut is a radix select whose digits follow the data: with the smallest and largest key of the
 // list known, one pass spreads them over 1024 bins, and the next looks at the one bin that holds
@@ -19,6 +21,11 @@
 #include "common/ptx.cuh"
 
 namespace dsa {
+
+struct alignas(8) Candidate {
+    float score;
+    int32_t position;
+};
 
 // An integer that orders as the scores do: NaN below everything, -0.0 equal to +0.0. 0 is no
 // candidate.
@@ -79,21 +86,49 @@ __device__ __forceinline__ bool belongs(uint32_t key, int32_t position, Threshol
     return key > threshold.key || (key == threshold.key && key != 0 && position <= threshold.last);
 }
 
-// Calls f(i, four) for i = 0, 4, 8, ... < n with the four entries from `list[i]` on; on 16 bytes, n
-// a multiple of 4.
-template <class Four, class Group, class T, class F>
-__device__ __forceinline__ void for_each_four(const Group& group, const T* list, int n,
-                                              const F& f) {
-    constexpr int kUnroll = 4;
-    for (int base = 4 * group.thread; base < n; base += 4 * kUnroll * Group::kThreads) {
-        Four four[kUnroll];
+// A list of candidates in pieces: piece j holds count(j) of them from entry j * stride on, an even
+// number. In shared memory, on 16 bytes.
+template <class Count>
+struct CandidateList {
+    const Candidate* entries;
+    int pieces;
+    int stride;
+    Count count;
+};
+
+// n candidates without a gap, in as many pieces as the group has warps.
+template <class Group>
+__device__ auto dense(const Candidate* entries, int n) {
+    const int stride = (n + 2 * Group::kWarps - 1) / (2 * Group::kWarps) * 2;
+    const auto count = [=](int piece) { return min(max(n - piece * stride, 0), stride); };
+    return CandidateList<decltype(count)>{entries, Group::kWarps, stride, count};
+}
+
+// Calls f(keys, entries) with arrays of kOwn for all candidates, each warp a piece at a time, all
+// its lanes together. The keys order as the scores do; those that are not there are 0.
+constexpr int kOwn = 8;
+template <class Group, class List, class F>
+__device__ __forceinline__ void for_each(const Group& group, const List& list, const F& f) {
+#pragma unroll 1  // code that does not fit the instruction cache costs more than a loop
+    for (int piece = group.warp(); piece < list.pieces; piece += Group::kWarps) {
+        const int n = list.count(piece);
+        const Candidate* entries = list.entries + piece * list.stride;
+#pragma unroll 1
+        for (int base = 0; base < n; base += 32 * kOwn) {
+            uint32_t keys[kOwn];
+            Candidate own[kOwn];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int i = base + 4 * u * Group::kThreads;
-            four[u] = i < n ? *reinterpret_cast<const Four*>(list + i) : Four{0, 0, 0, 0};
+            for (int u = 0; u < kOwn; u += 2) {
+                const int i = base + 32 * u + 2 * group.lane();
+                float4 two = {};
+                if (i < n) two = *reinterpret_cast<const float4*>(entries + i);
+                own[u] = {two.x, __float_as_int(two.y)};
+                own[u + 1] = {two.z, __float_as_int(two.w)};
+                keys[u] = i < n ? order_key(two.x) : 0;
+                keys[u + 1] = i + 1 < n ? order_key(two.z) : 0;
+            }
+            f(keys, own);
         }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) f(base + 4 * u * Group::kThreads, four[u]);
     }
 }
 
@@ -108,14 +143,9 @@ __device__ int sum_before(const Group& group, SelectScratch& s, int own, int& al
     }
     if (group.lane() == 31) s.sums[group.warp()] = inclusive;
     group.sync();
-    int before = inclusive - own;
-    all = 0;
-#pragma unroll
-    for (int w = 0; w < Group::kWarps; ++w) {
-        if (w < group.warp()) before += s.sums[w];
-        all += s.sums[w];
-    }
-    return before;
+    const int warp_sum = group.lane() < Group::kWarps ? s.sums[group.lane()] : 0;
+    all = __reduce_add_sync(~0u, warp_sum);
+    return __reduce_add_sync(~0u, group.lane() < group.warp() ? warp_sum : 0) + inclusive - own;
 }
 
 // The bin, counted from the top, that holds the `wanted`-th value.
@@ -138,19 +168,15 @@ __device__ Cut find_bin(const Group& group, SelectScratch& s, int wanted) {
 }
 
 // Cuts the values value(key, position), without those that are 0, at the `wanted`-th largest; at
-// least that many must be there. Positions are read only if `kTies`. Where count equals wanted the
-// cut may lie below the value itself, with nothing between.
-template <bool kTies, class Group, class Value>
-__device__ Cut find_cut(const Group& group, SelectScratch& s, int n, const uint32_t* keys,
-                        const int32_t* positions, const Value& value, int wanted) {
+// least that many must be there. Where count equals wanted the cut may lie below the value itself,
+// with nothing between.
+template <class Group, class List, class Value>
+__device__ Cut find_cut(const Group& group, SelectScratch& s, const List& list, const Value& value,
+                        int wanted) {
     const auto for_each_value = [&](const auto& f) {
-        for_each_four<uint4>(group, keys, n, [&](int i, uint4 key) {
-            int4 position = {0, 0, 0, 0};
-            if (kTies && i < n) position = *reinterpret_cast<const int4*>(positions + i);
-            f(value(key.x, position.x));
-            f(value(key.y, position.y));
-            f(value(key.z, position.z));
-            f(value(key.w, position.w));
+        for_each(group, list, [&](const auto& keys, const auto& entries) {
+#pragma unroll
+            for (int u = 0; u < kOwn; ++u) f(value(keys[u], entries[u].position));
         });
     };
     uint32_t low = ~0u, high = 0;
@@ -163,13 +189,14 @@ __device__ Cut find_cut(const Group& group, SelectScratch& s, int n, const uint3
     if (group.lane() == 0) s.low[group.warp()] = low, s.high[group.warp()] = high;
     for (int i = group.thread; i < kBins; i += Group::kThreads) s.histogram[i] = 0;
     group.sync();
-#pragma unroll
-    for (int w = 0; w < Group::kWarps; ++w) low = min(low, s.low[w]), high = max(high, s.high[w]);
-    ++low;
+    low = __reduce_min_sync(~0u, s.low[group.lane() % Group::kWarps]) + 1;
+    high = __reduce_max_sync(~0u, s.high[group.lane() % Group::kWarps]);
+    const uint32_t bins = shared_address(s.histogram);
+#pragma unroll 1
     while (true) {
         const int shift = max(32 - __clz(high - low) - kLogBins, 0);
         for_each_value([&](uint32_t v) {  // 0 lies outside the range: low is at least 1
-            shared_add(&s.histogram[(v - low) >> shift & (kBins - 1)], 1, v - low <= high - low);
+            shared_add(bins + ((v - low) >> shift & (kBins - 1)) * 4, 1, v - low <= high - low);
         });
         group.sync();
         const Cut bin = find_bin(group, s, wanted);
@@ -182,92 +209,96 @@ __device__ Cut find_cut(const Group& group, SelectScratch& s, int n, const uint3
     }
 }
 
-// The threshold of the best `topk` among n candidates, at least topk of which are not 0; keys in
-// shared memory.
-template <class Group>
-__device__ Threshold find_threshold(const Group& group, SelectScratch& s, int n,
-                                    const uint32_t* keys, const int32_t* positions, int topk) {
-    const Cut cut = find_cut<false>(
-        group, s, n, keys, positions, [](uint32_t key, int32_t) { return key; }, topk);
+// The cut at the `wanted`-th best key.
+template <class Group, class List>
+__device__ __noinline__ Cut find_key(const Group& group, SelectScratch& s, const List& list,
+                                     int wanted) {
+    return find_cut(group, s, list, [](uint32_t key, int32_t) { return key; }, wanted);
+}
+
+// The threshold of the best `topk`, at most as many as there are.
+template <class Group, class List>
+__device__ __noinline__ Threshold find_threshold(const Group& group, SelectScratch& s,
+                                                 const List& list, int topk) {
+    const Cut cut = find_key(group, s, list, topk);
     if (cut.wanted == cut.count) return {cut.value, INT_MAX};
     const auto earliness = [&](uint32_t key, int32_t position) {
         return key == cut.value ? 0x80000000u - position : 0u;
     };
-    const Cut tie = find_cut<true>(group, s, n, keys, positions, earliness, cut.wanted);
+    const Cut tie = find_cut(group, s, list, earliness, cut.wanted);
     return {cut.value, static_cast<int32_t>(0x80000000u - tie.value)};
 }
 
-// Moves the candidates that belong to the front of `keys` and `positions`; `list` holds the keys to
-// judge by, and may be `keys` itself. A step reads its candidates before anything is written, and
-// writes no further than it has read.
-template <class Group>
-__device__ void keep(const Group& group, SelectScratch& s, int n, const uint32_t* list,
-                     Threshold threshold, uint32_t* keys, int32_t* positions) {
-    constexpr int kFours = Group::kThreads > 128 ? 2 : 4;  // of a thread in a step
-    int kept = 0;
-    for (int base = 4 * group.thread; base < n + 4 * group.thread;
-         base += 4 * kFours * Group::kThreads) {
-        uint4 key[kFours];
-        int4 position[kFours];
-#pragma unroll
-        for (int u = 0; u < kFours; ++u) {
-            const int i = base + 4 * u * Group::kThreads;
-            key[u] = {0, 0, 0, 0}, position[u] = {0, 0, 0, 0};
-            if (i < n) {
-                key[u] = *reinterpret_cast<const uint4*>(list + i);
-                position[u] = *reinterpret_cast<const int4*>(positions + i);
-            }
-        }
+// Copies the candidates that belong to `target`, which does not overlap the list.
+template <class Group, class List>
+__device__ __noinline__ void keep(const Group& group, SelectScratch& s, const List& list,
+                                  Threshold threshold, Candidate* target) {
+    const auto members_of = [&](const auto& keys, const auto& entries) {
         uint32_t members = 0;
-        const auto for_each = [&](const auto& f) {
 #pragma unroll
-            for (int u = 0; u < kFours; ++u) {
-                f(4 * u, key[u].x, position[u].x);
-                f(4 * u + 1, key[u].y, position[u].y);
-                f(4 * u + 2, key[u].z, position[u].z);
-                f(4 * u + 3, key[u].w, position[u].w);
-            }
-        };
-        for_each([&](int i, uint32_t k, int32_t p) {
-            members |= static_cast<uint32_t>(belongs(k, p, threshold)) << i;
-        });
-        int all;
-        int place = kept + sum_before(group, s, __popc(members), all);
-        kept += all;
-        for_each([&](int i, uint32_t k, int32_t p) {
-            if (members >> i & 1) keys[place] = k, positions[place] = p;
-            place += members >> i & 1;
-        });
-        group.sync();
-    }
+        for (int u = 0; u < kOwn; ++u)
+            members |= static_cast<uint32_t>(belongs(keys[u], entries[u].position, threshold)) << u;
+        return members;
+    };
+    int own = 0, all;
+    for_each(group, list, [&](const auto& keys, const auto& entries) {
+        own += __popc(members_of(keys, entries));
+    });
+    int place = __shfl_sync(~0u, sum_before(group, s, own, all), 0);
+    for_each(group, list, [&](const auto& keys, const auto& entries) {
+        const uint32_t members = members_of(keys, entries);
+        int inclusive = __popc(members);
+        int at = place - inclusive;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int other = __shfl_up_sync(~0u, inclusive, offset);
+            if (group.lane() >= offset) inclusive += other;
+        }
+        at += inclusive;
+        place += __shfl_sync(~0u, inclusive, 31);
+#pragma unroll
+        for (int u = 0; u < kOwn; ++u) {
+            if (members >> u & 1) target[at] = entries[u];
+            at += members >> u & 1;
+        }
+    });
+    group.sync();
+}
+
+// How many of `sample` candidates, drawn evenly from n, should beat a bound that at least topk of
+// the n beat: five standard deviations more than topk / n of them. 0 if that is most of them: no
+// guess.
+__device__ __forceinline__ int sample_rank(int sample, int topk, int n) {
+    const float expected = static_cast<float>(sample) * topk / n;
+    const int rank = static_cast<int>(expected + 5.0f * sqrtf(expected)) + 8;
+    return 2 * rank > sample ? 0 : rank;
 }
 
 constexpr int kBitmapWords = 4096;  // positions in a window: 131072
 
 // Writes the positions, in [0, length), of the candidates that belong, ascending. `bitmap` is
 // kBitmapWords words of shared memory, on 16 bytes.
-template <class Group>
-__device__ void write_ascending(const Group& group, SelectScratch& s, int n, const uint32_t* list,
-                                Threshold threshold, const int32_t* positions, int length,
-                                uint32_t* bitmap, int32_t* out) {
+template <class Group, class List>
+__device__ __noinline__ void write_ascending(const Group& group, SelectScratch& s, const List& list,
+                                             Threshold threshold, int length, uint32_t* bitmap,
+                                             int32_t* out) {
     constexpr int kRun = kBitmapWords / Group::kWarps;  // words of a warp
     static_assert(kRun % 128 == 0);
+#pragma unroll 1
     for (int64_t base = 0; base < length; base += 32 * kBitmapWords) {
+#pragma unroll 1
         for (int i = 4 * group.thread; i < kBitmapWords; i += 4 * Group::kThreads)
             *reinterpret_cast<uint4*>(bitmap + i) = {0, 0, 0, 0};
         group.sync();
-        for_each_four<uint4>(group, list, n, [&](int i, uint4 key) {
-            int4 position = {0, 0, 0, 0};
-            if (i < n) position = *reinterpret_cast<const int4*>(positions + i);
-            const auto mark = [&](uint32_t k, int32_t p) {
-                const uint32_t bit = p - static_cast<int32_t>(base);
-                shared_or(&bitmap[bit / 32 % kBitmapWords], 1u << (bit % 32),
-                          belongs(k, p, threshold) && bit < 32 * kBitmapWords);
-            };
-            mark(key.x, position.x);
-            mark(key.y, position.y);
-            mark(key.z, position.z);
-            mark(key.w, position.w);
+        const uint32_t words = shared_address(bitmap);
+        for_each(group, list, [&](const auto& keys, const auto& entries) {
+#pragma unroll
+            for (int u = 0; u < kOwn; ++u) {
+                const uint32_t bit = entries[u].position - static_cast<int32_t>(base);
+                shared_or(
+                    words + bit / 32 % kBitmapWords * 4, 1u << (bit % 32),
+                    belongs(keys[u], entries[u].position, threshold) && bit < 32 * kBitmapWords);
+            }
         });
         group.sync();
         // Each warp owns a run of words: first its number of bits, then, with those of the warps
@@ -280,8 +311,10 @@ __device__ void write_ascending(const Group& group, SelectScratch& s, int n, con
             return __popc(w.x) + __popc(w.y) + __popc(w.z) + __popc(w.w);
         };
         int bits = 0, all;
+#pragma unroll 1
         for (int i = 0; i < kRun; i += 128) bits += bits_of(four_words(i));
         int place = __shfl_sync(~0u, sum_before(group, s, bits, all), 0);
+#pragma unroll 1
         for (int i = 0; i < kRun; i += 128) {
             const uint4 four = four_words(i);
             int inclusive = bits_of(four);
@@ -296,6 +329,7 @@ __device__ void write_ascending(const Group& group, SelectScratch& s, int n, con
             int32_t first =
                 static_cast<int32_t>(base) + 32 * (group.warp() * kRun + i + 4 * group.lane());
             for (uint32_t word : {four.x, four.y, four.z, four.w}) {
+#pragma unroll 1
                 for (; word != 0; word &= word - 1) out[at++] = first + __ffs(word) - 1;
                 first += 32;
             }

@@ -34,6 +34,8 @@ inline void check_launch(const char* kernel) {
     STD_TORCH_CHECK(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
 }
 
+constexpr int kMostSharedBytes = 227 << 10;  // of shared memory that a block of sm_90 can have
+
 // Lets a kernel take `bytes` of dynamic shared memory.
 template <class Kernel>
 void allow_shared_memory(Kernel* kernel, int bytes) {

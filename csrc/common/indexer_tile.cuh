@@ -100,6 +100,8 @@ struct TokenRun {
     int sequence;
     int first_key;
     int keys;  // the most that one of them sees
+
+    __device__ int tiles() const { return (keys + kTileKeys - 1) / kTileKeys; }
 };
 
 template <class Shape>
@@ -160,19 +162,28 @@ struct RingPosition {
     }
 };
 
-// The loader's side: tiles [first, last) of a run, tile i into the ring of warpgroup i %
-// kWarpgroups. By one thread.
+// Some of a run's keys: numbers [first, last) of tiles that lie `step` tiles apart. Warpgroup g
+// takes numbers first + g, first + g + kWarpgroups, ...
+struct TileRange {
+    int first;
+    int last;
+    int step = 1;
+
+    __device__ int key(int tile) const { return tile * step * kTileKeys; }
+};
+
+// The loader's side: the tiles of a run, each into the ring of its warpgroup. By one thread.
 template <class Shape>
 struct KeyLoader {
     RingPosition<Shape::kStages> positions[kWarpgroups];
 
     __device__ void load(const IndexerScoreParams& p, const CUtensorMap& map,
-                         ScoreStorage<Shape>& s, const TokenRun& run, int first, int last) {
-        for (int round = first; round < last; round += kWarpgroups) {
+                         ScoreStorage<Shape>& s, const TokenRun& run, TileRange tiles) {
+        for (int round = tiles.first; round < tiles.last; round += kWarpgroups) {
 #pragma unroll
             for (int g = 0; g < kWarpgroups; ++g) {
-                const int key = (round + g) * kTileKeys;
-                if (round + g >= last) break;
+                if (round + g >= tiles.last) break;
+                const int key = tiles.key(round + g);
                 RingPosition<Shape::kStages>& at = positions[g];
                 uint64_t* full = &s.full[g][at.stage];
                 uint8_t* keys = s.keys[g][at.stage];
@@ -202,8 +213,10 @@ struct Scorer {
     using Products = float[Shape::kColumns / 2];
 
     // Of one half of a tile: the scores of keys `key` and `key` + 8 for own token a in score[a].
+    // The half ends at key `end`.
     struct Scores {
         int key;
+        int end;
         float score[kOwn][2];
     };
     // Of one half of a tile: the scales of those keys, and whether their page exists.
@@ -235,13 +248,12 @@ struct Scorer {
         }
     }
 
-    // Tiles first, first + kWarpgroups, ... below last, all of this warpgroup.
+    // Calls consume(scores) for each half of each tile of this warpgroup.
     template <class Consume>
     __device__ void score(const IndexerScoreParams& p, ScoreStorage<Shape>& s, const TokenRun& run,
-                          int first, int last, const Consume& consume) {
-        if (first >= last) return;
+                          TileRange tiles, const Consume& consume) {
         Products even, odd;
-        int key = first * kTileKeys + row;
+        int key = tiles.key(tiles.first + group) + row;
         Scales scales[2] = {load_scales(p, run, key), load_scales(p, run, key + kKeys)};
         const auto start = [&](Products& products, int half) {
             const uint32_t keys =
@@ -254,12 +266,12 @@ struct Scorer {
                            matrix_descriptor(queries + k, Shape::kDim), k > 0);
             wgmma_commit();
         };
-        for (int tile = first; tile < last; tile += kWarpgroups) {
+        for (int tile = tiles.first + group; tile < tiles.last; tile += kWarpgroups) {
             mbarrier_wait(&s.full[group][position.stage], position.parity);
             start(even, 0);
             start(odd, 1);
             const Scales now[2] = {scales[0], scales[1]};
-            const int next = key + kWarpgroups * kTileKeys;
+            const int next = key + tiles.key(kWarpgroups);
             scales[0] = load_scales(p, run, next);
             scales[1] = load_scales(p, run, next + kKeys);
             wgmma_wait<1>();
@@ -293,6 +305,7 @@ struct Scorer {
     __device__ Scores sum(const Products& products, const Scales& scales, int key) {
         Scores result;
         result.key = key;
+        result.end = key - row + kKeys;
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
             float sum[2] = {0.0f, 0.0f};

@@ -12,9 +12,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 9.7.13.1 barrier.sync: `threads` threads of the block meet at barrier `id`.
+// 9.7.13.1 barrier.sync.aligned: `threads` threads of the block, whole warps, meet at barrier `id`.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-    asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+    asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // 9.7.17.5 setmaxnreg: registers a thread of this warpgroup from here on.
@@ -69,9 +69,9 @@ __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// 9.7.9.25 cp.async: 16 bytes into shared memory, and the wait for all of this thread.
+// 9.7.9.25 cp.async: 8 bytes into shared memory, and the wait for all of this thread.
 __device__ __forceinline__ void copy_async(void* target, const void* source) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(target)),
                  "l"(source)
                  : "memory");
 }
@@ -111,19 +111,17 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barri
         : "memory");
 }
 
-// 9.7.13.14 red: adds to a word of shared memory where `active`, without a branch.
-__device__ __forceinline__ void shared_add(uint32_t* word, uint32_t value, bool active) {
+// 9.7.13.14 red: adds to a word at an address in shared memory where `active`, without a branch.
+__device__ __forceinline__ void shared_add(uint32_t word, uint32_t value, bool active) {
     asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p red.shared::cta.add.u32 [%0], %1; }" ::"r"(
-            shared_address(word)),
+        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p red.shared::cta.add.u32 [%0], %1; }" ::"r"(word),
         "r"(value), "r"(int{active})
         : "memory");
 }
 
-__device__ __forceinline__ void shared_or(uint32_t* word, uint32_t value, bool active) {
+__device__ __forceinline__ void shared_or(uint32_t word, uint32_t value, bool active) {
     asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p red.shared::cta.or.b32 [%0], %1; }" ::"r"(
-            shared_address(word)),
+        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p red.shared::cta.or.b32 [%0], %1; }" ::"r"(word),
         "r"(value), "r"(int{active})
         : "memory");
 }

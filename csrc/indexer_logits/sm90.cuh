@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
         first_token + threadIdx.x < p.tokens)
         p.visible[first_token + threadIdx.x] = s.visible[threadIdx.x];
 
-    const auto tiles_end = [&](const TokenRun& run) {
-        return min(end_tile, (run.keys + kTileKeys - 1) / kTileKeys);
+    const auto tiles = [&](const TokenRun& run) {
+        return TileRange{first_tile, min(end_tile, run.tiles())};
     };
     if (threadIdx.x >= kScoreThreads) {
         give_registers_back<kLoaderRegisters>();
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
             while (scored != 0) {
                 const TokenRun run = next_run(s, scored);
                 scored &= ~run.tokens;
-                loader.load(p, map, s, run, first_tile, tiles_end(run));
+                loader.load(p, map, s, run, tiles(run));
             }
         }
     } else {
@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                 seen[a] = mine ? s.visible[token] : 0;
                 row[a] = p.out + (first_token + token) * p.out_stride;
             }
-            const int first = first_tile + scorer.group;
-            scorer.score(p, s, run, first, tiles_end(run), [&](const auto& scores) {
+            scorer.score(p, s, run, tiles(run), [&](const auto& scores) {
 #pragma unroll
                 for (int a = 0; a < Shape::kLaneTokens; ++a)
 #pragma unroll

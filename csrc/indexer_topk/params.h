@@ -5,17 +5,16 @@
 
 namespace dsa {
 
+struct Candidate;
+
 struct IndexerTopkParams : IndexerScoreParams {
-    int32_t* indices;  // [T, topk]
-    uint32_t* keys;    // [blocks of the grid, tokens of a block, capacity]: candidates of a token,
-    int32_t* positions;   // and where they lie
-    int32_t* next_block;  // zero: how many blocks of tokens are taken
+    int32_t* indices;       // [T, topk]
+    Candidate* candidates;  // [blocks of the grid, tokens of a block, capacity]
+    int32_t* next_block;    // zero: how many blocks of tokens are taken
     int32_t token_blocks;
     int32_t topk;
-    int32_t front;  // of a list: room for topk, a multiple of 4
-    int32_t
-        segment;  // candidates that a warp can append to a list between two cuts, a multiple of 4
-    int32_t capacity;  // front + a segment for each warp
+    int32_t capacity;  // of a list, a multiple of 4
+    int32_t front;     // of a list that is cut: room for topk
 };
 
 }  // namespace dsa

@@ -8,30 +8,28 @@ namespace dsa {
 namespace {
 
 constexpr int64_t kWorkspaceBytes = 60 << 20;
-constexpr int kLargestSegment = 1024;
+constexpr int kLargestCapacity = 8192;  // of a list
 
 template <class Shape>
 void launch(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& like, cudaStream_t stream) {
-    constexpr int kStorageBytes = sizeof(TopkStorage<Shape>) + 1024, kSharedBytes = 227 << 10;
+    constexpr int kStorageBytes = sizeof(TopkStorage<Shape>) + 1024;
     p.token_blocks = (p.tokens + Shape::kTokens - 1) / Shape::kTokens;
     const int blocks = std::min(p.token_blocks, num_multiprocessors());
-    const int64_t list_bytes = kWorkspaceBytes / (8 * Shape::kTokens * blocks);
-    const int64_t most =
-        std::min<int64_t>(list_bytes, (kSharedBytes - kStorageBytes) / (4 * kWarpgroups));
+    const int64_t in_workspace = kWorkspaceBytes / (8 * Shape::kTokens * blocks);
+    const int64_t in_shared = (kMostSharedBytes - kStorageBytes) / (8 * kWarpgroups);
+    p.capacity = static_cast<int32_t>(
+        std::min<int64_t>({in_workspace, in_shared, kLargestCapacity}) / 4 * 4);
     p.front = (p.topk + 3) / 4 * 4;
-    p.segment = std::min<int64_t>((most - p.front) / kScoreWarps, kLargestSegment) / 4 * 4;
-    STD_TORCH_CHECK(p.segment >= kFewestRounds * kWarpKeys, "topk: no room for the candidates of ",
-                    p.topk);
-    p.capacity = p.front + kScoreWarps * p.segment;
+    STD_TORCH_CHECK(p.capacity - p.front >= kScoreWarps * kFewestRounds * kWarpKeys,
+                    "topk: no room for the candidates of ", p.topk);
 
     const int64_t entries = int64_t{blocks} * Shape::kTokens * p.capacity;
     Tensor workspace = torch::stable::new_empty(like, {2 * entries + 1}, ScalarType::Int);
-    p.positions = static_cast<int32_t*>(workspace.data_ptr());
-    p.keys = reinterpret_cast<uint32_t*>(p.positions + entries);
-    p.next_block = p.positions + 2 * entries;
+    p.candidates = static_cast<Candidate*>(workspace.data_ptr());
+    p.next_block = reinterpret_cast<int32_t*>(p.candidates + entries);
     const cudaError_t error = cudaMemsetAsync(p.next_block, 0, sizeof(int32_t), stream);
     STD_TORCH_CHECK(error == cudaSuccess, "cudaMemsetAsync: ", cudaGetErrorString(error));
-    const int shared = kStorageBytes + 4 * kWarpgroups * p.capacity;
+    const int shared = kStorageBytes + 8 * kWarpgroups * p.capacity;
     allow_shared_memory(indexer_topk_kernel<Shape>, shared);
     indexer_topk_kernel<Shape><<<blocks, kIndexerThreads, shared, stream>>>(map, p);
     check_launch("indexer_topk_kernel");

@@ -3,17 +3,17 @@
 //
 // A block of threads owns 8 tokens (at 16 heads) and walks all their keys. A score that beats its
 // token's bound is appended to the token's list of candidates, which lies in L2; every warp has a
-// segment of its own in each list, so an append is a ballot and a store, without atomics. Every few
-// tiles the scorers meet and look at the fullest segment: the smallest remaining room says how many
-// tiles they may go on before they must meet again, so nothing overflows, whatever the scores. When
-// the room is gone, warpgroup g cuts the lists of tokens g and g + 4 to the best `topk`, and the
-// bound rises to the last of them. For scores in random order that happens after 4096, 12 K, 37 K,
-// 110 K, ... keys. After the last key the same cut gives the set, and a bitmap its ascending order.
+// segment of its own in each list, so an append is a ballot and a store, without atomics. The
+// bounds are guesses from a sample of the keys, 1024 to 4096 in tiles spread over the sequence: at
+// 131072 keys and topk = 2048 about 3500 pass. After the last key a warpgroup gathers a list in
+// shared memory, selects, and writes the set in order through a bitmap; two lists at a time.
+//
+// Tokens whose list has fewer than topk candidates, or more than it holds, walk their keys again
+// with certain bounds: now the scorers meet every few tiles, the room left in the fullest segment
+// says how many tiles are safe, and full lists are cut to their best topk.
 //
 // Blocks take the next 8 tokens from a counter, the last tokens first: those of one sequence see
-// the most keys. Workspace: 132 blocks x 8 lists x 7.4 K candidates of 8 bytes, 60 MB. Shared
-// memory at 16 x 64: rings 48 KB, queries 8 KB, and for each warpgroup a list's keys and bins, 4 x
-// 34 KB.
+// the most keys. Workspace: 132 blocks x 8 lists x 7.4 K candidates of 8 bytes, 60 MB.
 #pragma once
 
 #include "common/candidates.cuh"
@@ -25,58 +25,118 @@ namespace dsa {
 constexpr int kScoreWarps = kScoreThreads / 32;
 constexpr int kWarpKeys = 32;     // of a tile: the most that a warp appends to a list
 constexpr int kFewestRounds = 2;  // tiles a warpgroup that are worth going on for without a cut
+constexpr int kFewestSampled = 8, kMostSampled = 32;  // tiles
 
 template <class Shape>
 struct alignas(1024) TopkStorage {
     ScoreStorage<Shape> score;
     uint32_t bitmap[kWarpgroups][kBitmapWords];
     SelectScratch scratch[kWarpgroups];
-    int appended[2][kScoreWarps]
-                [Shape::kTokens];  // in turn, so that one can be read while the next fills
-    int front[Shape::kTokens];     // candidates before the segments
+    int appended[kScoreWarps][Shape::kTokens];  // those that found no room included
+    int front[Shape::kTokens];                  // candidates before the segments
     float bound[Shape::kTokens];
+    uint32_t again;  // tokens whose bound was not right
     int block;
-    alignas(16) uint32_t lists[];  // [kWarpgroups][capacity]: keys of the list that is cut
+    alignas(16) uint8_t lists[];  // [kWarpgroups][capacity] candidates
 };
 
-// Cuts the list of token t, by one warpgroup; `last`: and writes the set instead of keeping it.
-template <class Shape>
-__device__ void cut_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, int first_token, int t,
-                         int turn, bool last) {
-    const int g = threadIdx.x / 128;
-    const ThreadGroup<128> group{static_cast<int>(threadIdx.x % 128), kSyncWarpgroup + g};
-    uint32_t* list = s.lists + g * p.capacity;
-    const int64_t offset = (static_cast<int64_t>(blockIdx.x) * Shape::kTokens + t) * p.capacity;
-    uint32_t* keys = p.keys + offset;
-    int32_t* positions = p.positions + offset;
+// The segments of a list: warp w appends from entry begin + w * size on.
+struct Segments {
+    int begin;
+    int size;
 
-    const int front = s.front[t];
-    for (int i = (front > 0 ? 0 : p.front) + 4 * group.thread; i < p.capacity; i += 4 * 128)
-        copy_async(list + i, keys + i);
-    copy_async_wait();
-    group.sync();
-    for (int i = front + group.thread; i < p.front; i += 128) list[i] = 0;
-    int total = front;
-    for (int w = 0; w < kScoreWarps; ++w) {
-        const int appended = s.appended[turn][w][t];
-        uint32_t* segment = list + p.front + w * p.segment;
-        for (int i = appended + group.thread; i < p.segment; i += 128) segment[i] = 0;
-        total += appended;
+    __device__ Segments(const IndexerTopkParams& p, bool with_front)
+        : begin(with_front ? p.front : 0), size((p.capacity - begin) / kScoreWarps / 4 * 4) {}
+};
+
+// How the keys of a run are walked.
+struct RunPlan {
+    TileRange sample;  // empty: no guess
+    TileRange all;
+
+    __device__ RunPlan(const IndexerTopkParams& p, const TokenRun& run)
+        : sample{0, 0}, all{0, run.tiles()} {
+        const int room = Segments(p, false).size * kWarpgroups / kWarpKeys;
+        const int tiles = min(min(max(all.last / 32, kFewestSampled), kMostSampled), room);
+        if (all.last >= 2 * tiles && tiles > 0) sample = {0, tiles, all.last / tiles};
     }
-    group.sync();
-    Threshold threshold{0, INT_MAX};
-    if (total >= p.topk)
-        threshold = find_threshold(group, s.scratch[g], p.capacity, list, positions, p.topk);
-    if (last) {
-        int32_t* row = p.indices + static_cast<int64_t>(first_token + t) * p.topk;
-        write_ascending(group, s.scratch[g], p.capacity, list, threshold, positions,
-                        s.score.visible[t], s.bitmap[g], row);
-    } else {
-        keep(group, s.scratch[g], p.capacity, list, threshold, keys, positions);
-        if (group.thread == 0) {
-            s.front[t] = min(total, p.topk);
-            if (total >= p.topk) s.bound[t] = score_of(threshold.key);
+};
+
+// The list of token t in the workspace.
+template <class Shape>
+__device__ Candidate* list_of(const IndexerTopkParams& p, int t) {
+    return p.candidates + (static_cast<int64_t>(blockIdx.x) * Shape::kTokens + t) * p.capacity;
+}
+
+// A list in shared memory, by one warpgroup.
+template <class Shape>
+struct GatheredList {
+    ThreadGroup<128> group;
+    SelectScratch& scratch;
+    Candidate* entries;
+    int total = 0;  // candidates; if not `whole`, more than these were appended
+    bool whole = true;
+
+    __device__ GatheredList(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
+                            const Segments& segments)
+        : group{static_cast<int>(threadIdx.x % 128),
+                kSyncWarpgroup + static_cast<int>(threadIdx.x / 128)},
+          scratch(s.scratch[threadIdx.x / 128]),
+          entries(reinterpret_cast<Candidate*>(s.lists) + threadIdx.x / 128 * p.capacity) {
+        const Candidate* list = list_of<Shape>(p, t);
+        group.sync();  // the last list is done with
+        const auto gather = [&](const Candidate* from, int count) {
+            // whoever comes after the last one before, so that all get as many
+            for (int i = (group.thread - total) & 127; i < count; i += 128)
+                copy_async(entries + total + i, from + i);
+            total += count;
+        };
+        gather(list, s.front[t]);
+#pragma unroll 1
+        for (int w = 0; w < kScoreWarps; ++w) {
+            const int appended = s.appended[w][t], count = min(appended, segments.size);
+            whole = whole && appended == count;
+            gather(list + segments.begin + w * segments.size, count);
         }
+        copy_async_wait();
+        group.sync();
+    }
+
+    __device__ auto candidates() const { return dense<ThreadGroup<128>>(entries, total); }
+    __device__ __noinline__ Threshold threshold(int topk) const {
+        return find_threshold(group, scratch, candidates(), topk);
+    }
+};
+
+// The bound of token t from the sample.
+template <class Shape>
+__device__ void guess_bound(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t) {
+    const GatheredList<Shape> list(p, s, t, Segments(p, false));
+    const int rank = sample_rank(list.total, p.topk, s.score.visible[t]);
+    float bound = NAN;
+    if (rank > 0)
+        bound = score_of(find_key(list.group, list.scratch, list.candidates(), rank).value);
+    if (list.group.thread == 0) s.bound[t] = bound;
+}
+
+template <class Shape>
+__device__ __noinline__ void write_set(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
+                                       int first_token, const GatheredList<Shape>& list) {
+    write_ascending(list.group, list.scratch, list.candidates(), list.threshold(p.topk),
+                    s.score.visible[t], s.bitmap[threadIdx.x / 128],
+                    p.indices + static_cast<int64_t>(first_token + t) * p.topk);
+}
+
+// Keeps the best topk of a list before its segments, and raises the bound to the last of them.
+template <class Shape>
+__device__ void cut_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
+                         const GatheredList<Shape>& list) {
+    Threshold threshold{0, INT_MAX};
+    if (list.total >= p.topk) threshold = list.threshold(p.topk);
+    keep(list.group, list.scratch, list.candidates(), threshold, list_of<Shape>(p, t));
+    if (list.group.thread == 0) {
+        s.front[t] = min(list.total, p.topk);
+        if (list.total >= p.topk) s.bound[t] = score_of(threshold.key);
     }
 }
 
@@ -84,34 +144,63 @@ __device__ void cut_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, int 
 template <class Shape>
 struct Appender {
     static constexpr int kOwn = Shape::kLaneTokens;
-    int count[kOwn];  // in this warp's segment
-    int seen[kOwn];   // keys of the token; 0 if it is not of this run, or another lane's
+    int count[kOwn];  // in this warp's segment, those that found no room included
+    int seen[kOwn];   // keys of the token; 0 if it takes no part, or is another lane's
     float bound[kOwn];
-    uint32_t* keys;  // this warp's segment in the list of the first own token
-    int64_t to_positions;
+    int room;            // of the segment
+    int whole;           // keys that all tokens of the block see
+    Candidate* segment;  // this warp's, in the list of the first own token
+
+    __device__ void start(const IndexerTopkParams& p, const TopkStorage<Shape>& s, int quad,
+                          uint32_t tokens, const Segments& segments) {
+        const int own = Shape::token(quad, 0);
+        segment = list_of<Shape>(p, own) + segments.begin + threadIdx.x / 32 * segments.size;
+        room = segments.size;
+#pragma unroll
+        for (int a = 0; a < kOwn; ++a) {
+            const bool mine = tokens >> (own + a) & 1 && quad % Shape::kLanesPerToken == 0;
+            seen[a] = mine ? s.score.visible[own + a] : 0;
+            bound[a] = s.bound[own + a];
+            count[a] = 0;
+        }
+        whole = Shape::kLanesPerToken == 1 ? INT_MAX : 0;
+        for (int t = 0; t < Shape::kTokens; ++t)
+            whole = min(whole, tokens >> t & 1 ? s.score.visible[t] : 0);
+    }
 
     __device__ void operator()(const IndexerTopkParams& p,
                                const typename Scorer<Shape>::Scores& scores) {
-        const uint32_t quad_lanes = 0x11111111u << (threadIdx.x % 4),
-                       below = (1u << (threadIdx.x % 32)) - 1;
-#pragma unroll
-        for (int a = 0; a < kOwn; ++a) {
-            const bool first = scores.key < seen[a] && passes(scores.score[a][0], bound[a]);
-            const bool second = scores.key + 8 < seen[a] && passes(scores.score[a][1], bound[a]);
-            const uint32_t firsts = __ballot_sync(~0u, first) & quad_lanes;
-            const uint32_t seconds = __ballot_sync(~0u, second) & quad_lanes;
-            uint32_t* end = keys + a * p.capacity + count[a];
-            if (first) append(p, end + __popc(firsts & below), scores.score[a][0], scores.key);
-            if (second)
-                append(p, end + __popc(firsts) + __popc(seconds & below), scores.score[a][1],
-                       scores.key + 8);
-            count[a] += __popc(firsts) + __popc(seconds);
+        if (scores.end <= whole) {
+            append<true>(p, scores);
+        } else {
+            append<false>(p, scores);
         }
     }
 
-    __device__ void append(const IndexerTopkParams& p, uint32_t* at, float score, int key) {
-        *at = order_key(score);
-        reinterpret_cast<int32_t*>(at)[to_positions] = key;
+    template <bool kWhole>
+    __device__ void append(const IndexerTopkParams& p,
+                           const typename Scorer<Shape>::Scores& scores) {
+        const uint32_t quad_lanes = 0x11111111u << (threadIdx.x % 4);
+        const uint32_t below = quad_lanes & ((1u << (threadIdx.x % 32)) - 1);
+#pragma unroll
+        for (int a = 0; a < kOwn; ++a) {
+            bool pass[2];
+            uint32_t ballot[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                pass[r] = passes(scores.score[a][r], bound[a]) &&
+                          (kWhole || scores.key + 8 * r < seen[a]);
+                ballot[r] = __ballot_sync(~0u, pass[r]);
+            }
+            if ((ballot[0] | ballot[1]) == 0) continue;
+            const int first = count[a] + __popc(ballot[0] & below);
+            count[a] += __popc(ballot[0] & quad_lanes);
+            const int second = count[a] + __popc(ballot[1] & below);
+            count[a] += __popc(ballot[1] & quad_lanes);
+            Candidate* list = segment + a * p.capacity;
+            if (pass[0] && first < room) list[first] = {scores.score[a][0], scores.key};
+            if (pass[1] && second < room) list[second] = {scores.score[a][1], scores.key + 8};
+        }
     }
 };
 
@@ -119,54 +208,83 @@ struct Appender {
 template <class Shape>
 __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Scorer<Shape>& scorer,
                            const TokenRun& run, int first_token) {
-    const int warp = threadIdx.x / 32;
-    if (threadIdx.x < Shape::kTokens) s.front[threadIdx.x] = 0, s.bound[threadIdx.x] = NAN;
+    enum Pass { kSample, kGuess, kCertain };
+    const RunPlan plan(p, run);
+    uint32_t tokens = run.tokens;
+    const auto for_each_list = [&](const auto& f) {
+#pragma unroll 1
+        for (int t = scorer.group; t < Shape::kTokens; t += kWarpgroups)
+            if (tokens >> t & 1) f(t);
+    };
+    const auto meet = [] { named_barrier_sync(kSyncScorers, kScoreThreads); };
+    const auto forget_bounds = [&] {
+        if (threadIdx.x < Shape::kTokens) s.front[threadIdx.x] = 0, s.bound[threadIdx.x] = NAN;
+        meet();
+    };
+
+    if (threadIdx.x == 0) s.again = 0;
+    forget_bounds();
+    Pass pass = plan.sample.last > 0 ? kSample : kGuess;
+    TileRange tiles = pass == kSample ? plan.sample : plan.all;
     Appender<Shape> appender;
-    appender.to_positions = p.positions - reinterpret_cast<int32_t*>(p.keys);
-    const int own = Shape::token(scorer.quad, 0);
-    appender.keys = p.keys +
-                    (static_cast<int64_t>(blockIdx.x) * Shape::kTokens + own) * p.capacity +
-                    p.front + warp * p.segment;
-#pragma unroll
-    for (int a = 0; a < Shape::kLaneTokens; ++a) {
-        const bool mine = run.tokens >> (own + a) & 1 && scorer.quad % Shape::kLanesPerToken == 0;
-        appender.seen[a] = mine ? s.score.visible[own + a] : 0;
-        appender.bound[a] = NAN;
-        appender.count[a] = 0;
-    }
-    const int tiles = (run.keys + kTileKeys - 1) / kTileKeys,
-              rounds = (tiles + kWarpgroups - 1) / kWarpgroups;
-    int turn = 0;
-    for (int done = 0, fullest = 0; done < rounds;) {
-        const int first = done * kWarpgroups + scorer.group;
-        done = min(rounds, done + (p.segment - fullest) / kWarpKeys);
-        scorer.score(p, s.score, run, first, min(done * kWarpgroups, tiles),
-                     [&](const auto& scores) { appender(p, scores); });
-        turn ^= 1;
+    appender.start(p, s, scorer.quad, tokens, Segments(p, false));
+    while (true) {
+        scorer.score(p, s.score, run, tiles, [&](const auto& scores) { appender(p, scores); });
         if (scorer.lane < 4 && scorer.quad % Shape::kLanesPerToken == 0) {
 #pragma unroll
             for (int a = 0; a < Shape::kLaneTokens; ++a)
-                s.appended[turn][warp][own + a] = appender.count[a];
+                s.appended[threadIdx.x / 32][Shape::token(scorer.quad, a)] = appender.count[a];
         }
-        named_barrier_sync(kSyncScorers, kScoreThreads);
-        fullest = 0;
-        const int* appended = &s.appended[turn][0][0];
-#pragma unroll
-        for (int i = scorer.lane; i < kScoreWarps * Shape::kTokens; i += 32)
-            fullest = max(fullest, appended[i]);
-        fullest = __reduce_max_sync(~0u, fullest);
-        const bool last = done == rounds;
-        if (!last && p.segment - fullest >= kFewestRounds * kWarpKeys) continue;
-
-        for (int t = scorer.group; t < Shape::kTokens; t += kWarpgroups)
-            if (run.tokens >> t & 1) cut_list(p, s, first_token, t, turn, last);
-        named_barrier_sync(kSyncScorers, kScoreThreads);
-        fullest = 0;
-#pragma unroll
-        for (int a = 0; a < Shape::kLaneTokens; ++a) {
-            appender.count[a] = 0;
-            appender.bound[a] = s.bound[own + a];
+        meet();
+        const bool last = tiles.last == plan.all.last;
+        if (pass == kSample) {
+            for_each_list([&](int t) { guess_bound(p, s, t); });
+            meet();
+            pass = kGuess, tiles = plan.all;
+            appender.start(p, s, scorer.quad, tokens, Segments(p, false));
+            continue;
         }
+        if (pass == kGuess) {
+            for_each_list([&](int t) {
+                const GatheredList<Shape> list(p, s, t, Segments(p, false));
+                if (list.whole && list.total >= p.topk) {
+                    write_set(p, s, t, first_token, list);
+                } else if (list.group.thread == 0) {
+                    atomicOr(&s.again, 1u << t);
+                }
+            });
+            __syncthreads();  // with the loader
+            tokens = s.again;
+            if (tokens == 0) return;
+            meet();
+            forget_bounds();
+            pass = kCertain, tiles = {0, 0};
+        } else if (last) {
+            for_each_list([&](int t) {
+                write_set(p, s, t, first_token, GatheredList<Shape>(p, s, t, Segments(p, true)));
+            });
+            meet();
+            return;
+        } else {
+            int fullest = 0;
+            for (int i = scorer.lane; i < kScoreWarps * Shape::kTokens; i += 32)
+                fullest = max(fullest, (&s.appended[0][0])[i]);
+            fullest = __reduce_max_sync(~0u, fullest);
+            int rounds = (appender.room - fullest) / kWarpKeys;
+            meet();  // before the counts are written again
+            if (rounds < kFewestRounds) {
+                for_each_list([&](int t) {
+                    cut_list(p, s, t, GatheredList<Shape>(p, s, t, Segments(p, true)));
+                });
+                meet();
+                appender.start(p, s, scorer.quad, tokens, Segments(p, true));
+                rounds = appender.room / kWarpKeys;
+            }
+            tiles = {tiles.last, min(tiles.last + rounds * kWarpgroups, plan.all.last)};
+            continue;
+        }
+        appender.start(p, s, scorer.quad, tokens, Segments(p, true));
+        tiles = {0, min(appender.room / kWarpKeys * kWarpgroups, plan.all.last)};
     }
 }
 
@@ -200,10 +318,17 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
         give_registers_back<kLoaderRegisters>();
         KeyLoader<Shape> loader;
         while (next_tokens(first_token, scored)) {
-            while (scored != 0 && threadIdx.x == kScoreThreads) {
+            while (scored != 0) {
                 const TokenRun run = next_run(s.score, scored);
                 scored &= ~run.tokens;
-                loader.load(p, map, s.score, run, 0, (run.keys + kTileKeys - 1) / kTileKeys);
+                const RunPlan plan(p, run);
+                const bool loads = threadIdx.x == kScoreThreads;
+                if (loads) {
+                    loader.load(p, map, s.score, run, plan.sample);
+                    loader.load(p, map, s.score, run, plan.all);
+                }
+                __syncthreads();  // with the scorers, who know now
+                if (loads && s.again) loader.load(p, map, s.score, run, plan.all);
             }
         }
     } else {

@@ -14,9 +14,8 @@ struct TopkSelectParams {
     int32_t rows;
     int32_t width;
     int32_t topk;
-    int32_t front;     // of the list: room for topk, a multiple of 4
-    int32_t segment;   // candidates that a warp can append between two cuts, a multiple of 4
-    int32_t capacity;  // front + a segment for each warp
+    int32_t front_pieces;  // of the list, each of the two fronts: room for topk
+    int32_t stages;        // of the ring
 };
 
 }  // namespace dsa

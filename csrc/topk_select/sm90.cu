@@ -2,12 +2,12 @@
 //
 // A block reads its row once: one warp copies rounds of 4096 columns by TMA into a ring in shared
 // memory, 16 warps take 256 columns each of a round. What beats the bound goes to the warp's own
-// segment of the list of candidates in shared memory: a ballot and a store, no atomics. The fullest
-// segment says how many rounds fit before the warps meet again; when none does, the list is cut to
-// the best `topk` and the bound rises to the last of them (common/candidates.cuh). In random order
-// that happens after 8 K columns, 22 K and 60 K; the last cut, after the last column, gives the
-// set. The ring, 96 KB of scores, fills while a cut runs: one block of 200 KB an SM, bound by
-// memory for long rows, by the cuts for short ones.
+// piece of the list of candidates in shared memory: a ballot and a store, no atomics, no meeting of
+// the warps. The bound is a guess from 1024 to 4096 columns spread over the row; it lets about 3300
+// of 131072 pass for topk = 2048. If fewer than topk pass, or more than a piece holds, the block
+// goes through the row again with certain bounds and cuts (common/candidates.cuh): rows of equal
+// scores, say. 213 KB of shared memory, 112 of them the ring: one block an SM, bound by
+// instructions.
 #include <algorithm>
 
 #include "common/candidates.cuh"
@@ -23,161 +23,238 @@ constexpr int kWarps = kScanThreads / 32;
 constexpr int kLaneColumns = 8;  // of a round
 constexpr int kWarpColumns = 32 * kLaneColumns;
 constexpr int kRoundColumns = kWarps * kWarpColumns;
-constexpr int kSegment = 512;
+constexpr int kPiece = 512;  // candidates in a piece of the list
+constexpr int kMostStages = 8;
+constexpr int kFewestSampled = 4096;  // columns of a row
 
 using Group = ThreadGroup<kScanThreads>;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <typename T>
+// Pieces of the list: two fronts, which a cut fills in turn, then a piece for each warp.
 struct Storage {
-    static constexpr int kStages = sizeof(T) == 4 ? 6 : 8;
-    alignas(16) T ring[kStages][kRoundColumns];
     uint32_t bitmap[kBitmapWords];
     SelectScratch scratch;
-    uint64_t full[kStages];
-    uint64_t empty[kStages];
-    int appended[2][kWarps];      // in turn, so that one can be read while the next fills
-    alignas(16) uint32_t list[];  // [capacity] keys, then [capacity] positions
+    uint64_t full[kMostStages];
+    uint64_t empty[kMostStages];
+    int counts[64];  // of each piece
+    bool again;
+    alignas(16) uint8_t dynamic[];  // the list, then the ring
 };
 
-// The columns of a row, counted from the 16-byte boundary before the first one: [begin, end).
+// A row: columns [begin, end), counted from the 16-byte boundary before the first one.
 template <typename T>
 struct Row {
     const T* scores;
     int64_t begin;
     int64_t end;
 
+    __device__ int length() const { return static_cast<int>(end - begin); }
     __device__ int rounds() const {
         return static_cast<int>((end + kRoundColumns - 1) / kRoundColumns);
     }
 };
 
-// Whole 16-byte pieces that hold at least one column of the row; by one thread.
+struct RingPosition {
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ void advance(int stages) {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// All rounds of the row into the ring: whole 16-byte pieces that hold at least one of its columns.
+// By one thread.
 template <typename T>
-__device__ void load_row(const Row<T>& row, Storage<T>& s) {
-    constexpr int kPiece = 16 / sizeof(T);
-    for (int round = 0; round < row.rounds(); ++round) {
-        const int stage = round % Storage<T>::kStages;
+__device__ void load_row(const Row<T>& row, Storage& s, T* ring, int stages, RingPosition& at) {
+    constexpr int kVector = 16 / sizeof(T);
+    for (int round = 0; round < row.rounds(); ++round, at.advance(stages)) {
         const int64_t first = int64_t{round} * kRoundColumns;
-        const int64_t left = (row.end - first + kPiece - 1) / kPiece * kPiece;
+        const int64_t left = (row.end - first + kVector - 1) / kVector * kVector;
         const uint32_t bytes = sizeof(T) * min(left, int64_t{kRoundColumns});
-        mbarrier_wait(&s.empty[stage], round / Storage<T>::kStages % 2 ^ 1);
-        mbarrier_arrive_expect(&s.full[stage], bytes);
-        bulk_load(s.ring[stage], row.scores + first, bytes, &s.full[stage]);
+        mbarrier_wait(&s.empty[at.stage], at.parity ^ 1);
+        mbarrier_arrive_expect(&s.full[at.stage], bytes);
+        bulk_load(ring + at.stage * kRoundColumns, row.scores + first, bytes, &s.full[at.stage]);
     }
 }
 
-// Appends what passes of a round to this warp's segment; `count` is how much it holds. `first` is
-// the position of the lane's first column.
+// The scanning warps' side.
 template <typename T>
-__device__ void append(const T* columns, int64_t first, int64_t length, bool edge, float bound,
-                       uint32_t* keys, int32_t* positions, int& count) {
-    constexpr int kVector = 16 / sizeof(T);
-    const uint32_t lanes_below = (1u << (threadIdx.x % 32)) - 1;
+struct Scanner {
+    static constexpr int kVector = 16 / sizeof(T);
+    union Vector {
+        uint4 raw;
+        T value[kVector];
+    };
+
+    const TopkSelectParams& p;
+    const Row<T>& row;
+    Storage& s;
+    const T* ring;
+    Candidate* entries;
+    Group group{static_cast<int>(threadIdx.x), 1};
+    RingPosition at;
+    int own_piece = 2 * p.front_pieces + group.warp();
+    int count = 0;  // candidates in this warp's piece, those that found no room included
+    float bound = NAN;
+
+    // Takes this warp's part of a round.
+    __device__ void scan(int round) {
+        const int in_round = group.warp() * kWarpColumns + group.lane() * kVector;
+        const int64_t first = int64_t{round} * kRoundColumns + in_round - row.begin;
+        const bool edge = round == 0 || round == row.rounds() - 1;
+        Candidate* own = entries + own_piece * kPiece;
+        const T* columns = ring + at.stage * kRoundColumns + in_round;
+        mbarrier_wait(&s.full[at.stage], at.parity);
+        Vector vectors[kLaneColumns / kVector];
 #pragma unroll
-    for (int j = 0; j < kLaneColumns; j += kVector) {
-        union {
-            uint4 raw;
-            T value[kVector];
-        } four;
-        four.raw = *reinterpret_cast<const uint4*>(columns + j * 32);
+        for (int j = 0; j < kLaneColumns; j += kVector)
+            vectors[j / kVector].raw = *reinterpret_cast<const uint4*>(columns + j * 32);
+        __syncwarp();
+        if (group.lane() == 0) mbarrier_arrive(&s.empty[at.stage]);
+        at.advance(p.stages);
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-            const float score = to_float(four.value[v]);
+        for (int j = 0; j < kLaneColumns; ++j) {
+            const int column = j / kVector * kVector * 32 + j % kVector;
+            const float score = to_float(vectors[j / kVector].value[j % kVector]);
             bool pass = passes(score, bound);
-            if (edge) pass = pass && first + j * 32 + v >= 0 && first + j * 32 + v < length;
+            if (edge) pass = pass && first + column >= 0 && first + column < row.length();
             const uint32_t ballot = __ballot_sync(~0u, pass);
-            if (pass) {
-                const int at = count + __popc(ballot & lanes_below);
-                keys[at] = order_key(score);
-                positions[at] = static_cast<int32_t>(first) + j * 32 + v;
-            }
+            const int place = count + __popc(ballot & group.lanes_below());
+            if (pass && place < kPiece) own[place] = {score, static_cast<int32_t>(first) + column};
             count += __popc(ballot);
         }
     }
-}
 
-template <typename T>
-__device__ void select_row(const TopkSelectParams& p, const Row<T>& row, Storage<T>& s,
-                           int32_t* out) {
-    constexpr int kStages = Storage<T>::kStages;
-    const Group group{static_cast<int>(threadIdx.x), 1};
-    const int lane = group.lane(), warp = group.warp();
-    const int rounds = row.rounds(), own = p.front + warp * p.segment;
-    const int in_round = warp * kWarpColumns + lane * (16 / sizeof(T));
-    const int64_t length = row.end - row.begin;
-    uint32_t* keys = s.list;
-    int32_t* positions = reinterpret_cast<int32_t*>(s.list + p.capacity);
-
-    int count = 0, front = 0, turn = 0;
-    float bound = NAN;
-    for (int done = 0, fullest = 0; done < rounds;) {
-        const int stop = min(rounds, done + (p.segment - fullest) / kWarpColumns);
-        for (; done < stop; ++done) {
-            const int stage = done % kStages;
-            mbarrier_wait(&s.full[stage], done / kStages % 2);
-            append(s.ring[stage] + in_round, int64_t{done} * kRoundColumns + in_round - row.begin,
-                   length, done == 0 || done == rounds - 1, bound, keys + own, positions + own,
-                   count);
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&s.empty[stage]);
+    // The bound from columns spread over the row; NaN, which all pass, where that makes no sense.
+    __device__ float guess() {
+        const int n = row.length();
+        if (n < kFewestSampled) return NAN;
+        const int sample = n >= 65536 ? 4096 : n >= 16384 ? 2048 : 1024;
+        const int rank = sample_rank(sample, p.topk, n);
+        if (rank == 0) return NAN;
+        const int64_t first = (row.begin + kVector - 1) / kVector;
+        const int64_t step = (row.end / kVector - first) / (sample / kVector);
+        for (int i = group.thread; i < sample / kVector; i += kScanThreads) {
+            Vector vector;
+            vector.raw = *reinterpret_cast<const uint4*>(row.scores + (first + i * step) * kVector);
+#pragma unroll
+            for (int v = 0; v < kVector; ++v)
+                entries[i * kVector + v] = {to_float(vector.value[v]), 0};
         }
-        turn ^= 1;
-        if (lane == 0) s.appended[turn][warp] = count;
         group.sync();
-        fullest = __reduce_max_sync(~0u, s.appended[turn][lane % kWarps]);
-        const bool last = done == rounds;
-        if (!last && p.segment - fullest >= kWarpColumns) continue;
+        const float score =
+            score_of(find_key(group, s.scratch, dense<Group>(entries, sample), rank).value);
+        group.sync();
+        return score;
+    }
 
-        for (int i = count + lane; i < p.segment; i += 32) keys[own + i] = 0;
-        for (int i = front + threadIdx.x; i < p.front; i += kScanThreads) keys[i] = 0;
-        const int total =
-            front + __reduce_add_sync(~0u, lane < kWarps ? s.appended[turn][lane] : 0);
+    __device__ auto list() const {
+        const auto count = [counts = s.counts](int piece) { return counts[piece]; };
+        return CandidateList<decltype(count)>{entries, 2 * p.front_pieces + kWarps, kPiece, count};
+    }
+
+    // Shows the count of every warp's piece to all; returns the fullest.
+    __device__ int publish() {
+        group.sync();  // the last counts are read
+        if (group.lane() == 0) s.counts[own_piece] = count;
         group.sync();
-        Threshold threshold{0, INT_MAX};
-        if (total >= p.topk)
-            threshold = find_threshold(group, s.scratch, p.capacity, keys, positions, p.topk);
-        if (last) {
-            write_ascending(group, s.scratch, p.capacity, keys, threshold, positions,
-                            static_cast<int>(length), s.bitmap, out);
-        } else {
-            keep(group, s.scratch, p.capacity, keys, threshold, keys, positions);
-            if (total >= p.topk) bound = score_of(threshold.key);
-            front = min(total, p.topk);
+        return __reduce_max_sync(~0u, s.counts[2 * p.front_pieces + group.lane() % kWarps]);
+    }
+
+    __device__ int total() const {
+        const int pieces = 2 * p.front_pieces + kWarps;
+        int sum = 0;
+        for (int piece = group.lane(); piece < pieces; piece += 32) sum += s.counts[piece];
+        return __reduce_add_sync(~0u, sum);
+    }
+
+    // One pass with a guess. Whether the list holds the set.
+    __device__ bool select_by_guess() {
+        if (group.thread < 2 * p.front_pieces) s.counts[group.thread] = 0;
+        bound = guess();
+#pragma unroll 1
+        for (int round = 0; round < row.rounds(); ++round) scan(round);
+        return publish() <= kPiece && total() >= p.topk;
+    }
+
+    // Another pass: after it the list holds the set.
+    __device__ void select_by_cuts() {
+        bound = NAN;
+        count = 0;
+        int turn = 0;
+        for (int done = 0, fullest = 0; done < row.rounds();) {
+            const int stop = min(row.rounds(), done + (kPiece - fullest) / kWarpColumns);
+#pragma unroll 1
+            for (; done < stop; ++done) scan(done);
+            fullest = publish();
+            if (done == row.rounds() || kPiece - fullest >= kWarpColumns) continue;
+            const int candidates = total();
+            Threshold threshold{0, INT_MAX};
+            if (candidates >= p.topk) {
+                threshold = find_threshold(group, s.scratch, list(), p.topk);
+                bound = score_of(threshold.key);
+            }
+            const int front = turn * p.front_pieces;
+            keep(group, s.scratch, list(), threshold, entries + front * kPiece);
+            if (group.thread < 2 * p.front_pieces) {
+                const int piece = group.thread - front;
+                const int left = min(candidates, p.topk) - piece * kPiece;
+                s.counts[group.thread] =
+                    piece >= 0 && piece < p.front_pieces ? min(max(left, 0), kPiece) : 0;
+            }
+            turn ^= 1;
             count = fullest = 0;
         }
     }
-}
+
+    __device__ void write(int32_t* out) {
+        const Threshold threshold = find_threshold(group, s.scratch, list(), p.topk);
+        write_ascending(group, s.scratch, list(), threshold, row.length(), s.bitmap, out);
+    }
+};
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) topk_select_kernel(const TopkSelectParams p) {
-    extern __shared__ __align__(16) uint8_t dynamic[];
-    Storage<T>& s = *reinterpret_cast<Storage<T>*>(dynamic);
-    const int row = blockIdx.x;
-    const int start = p.starts ? min(max(p.starts[row], 0), p.width) : 0;
-    const int n = p.lengths ? min(max(p.lengths[row], 0), p.width - start) : p.width - start;
-    int32_t* out = p.indices + static_cast<int64_t>(row) * p.topk;
+    extern __shared__ __align__(16) uint8_t shared[];
+    Storage& s = *reinterpret_cast<Storage*>(shared);
+    const int index = blockIdx.x;
+    const int start = p.starts ? min(max(p.starts[index], 0), p.width) : 0;
+    const int n = p.lengths ? min(max(p.lengths[index], 0), p.width - start) : p.width - start;
+    int32_t* out = p.indices + static_cast<int64_t>(index) * p.topk;
     if (n <= p.topk) {
         for (int i = threadIdx.x; i < p.topk; i += kThreads) out[i] = i < n ? i : -1;
         return;
     }
-    const T* scores = static_cast<const T*>(p.scores) + row * p.row_stride + start;
+    const T* scores = static_cast<const T*>(p.scores) + index * p.row_stride + start;
     const int64_t begin = reinterpret_cast<uintptr_t>(scores) % 16 / sizeof(T);
-    const Row<T> columns{scores - begin, begin, begin + n};
+    const Row<T> row{scores - begin, begin, begin + n};
+    const int capacity = (2 * p.front_pieces + kWarps) * kPiece;
+    Candidate* entries = reinterpret_cast<Candidate*>(s.dynamic);
+    T* ring = reinterpret_cast<T*>(entries + capacity);
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < Storage<T>::kStages; ++stage) {
+        for (int stage = 0; stage < p.stages; ++stage) {
             mbarrier_init(&s.full[stage], 1);
             mbarrier_init(&s.empty[stage], kWarps);
         }
         fence_mbarrier_init();
     }
     __syncthreads();
-    if (threadIdx.x < kScanThreads) {
-        select_row(p, columns, s, out);
-    } else if (threadIdx.x == kScanThreads) {
-        load_row(columns, s);
+    if (threadIdx.x >= kScanThreads) {
+        RingPosition at;
+        const bool loads = threadIdx.x == kScanThreads;
+        if (loads) load_row(row, s, ring, p.stages, at);
+        __syncthreads();
+        if (loads && s.again) load_row(row, s, ring, p.stages, at);
+    } else {
+        Scanner<T> scanner{p, row, s, ring, entries};
+        const bool done = scanner.select_by_guess();
+        if (threadIdx.x == 0) s.again = !done;
+        __syncthreads();
+        if (!done) scanner.select_by_cuts();
+        scanner.write(out);
     }
 }
 
@@ -197,22 +274,23 @@ Tensor topk_select(const Tensor& scores, int64_t topk, std::optional<Tensor> sta
         .rows = static_cast<int32_t>(rows),
         .width = static_cast<int32_t>(scores.sizes()[1]),
         .topk = static_cast<int32_t>(topk),
-        .front = static_cast<int32_t>((topk + 3) / 4 * 4),
-        .segment = kSegment,
+        .front_pieces = static_cast<int32_t>((topk + kPiece - 1) / kPiece),
     };
-    params.capacity = params.front + kWarps * kSegment;
     const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
     const cudaStream_t stream = current_stream(scores);
-    const auto launch = [&](auto* kernel, int storage_bytes) {
-        const int shared = storage_bytes + 8 * params.capacity;
-        allow_shared_memory(kernel, shared);
-        kernel<<<rows, kThreads, shared, stream>>>(params);
+    const auto launch = [&](auto* kernel, int element_bytes) {
+        const int fixed = sizeof(Storage) + (2 * params.front_pieces + kWarps) * kPiece * 8;
+        const int stage = kRoundColumns * element_bytes;
+        params.stages = std::min((kMostSharedBytes - fixed) / stage, kMostStages);
+        STD_TORCH_CHECK(params.stages >= 2, "topk: no room for the candidates of ", topk);
+        allow_shared_memory(kernel, kMostSharedBytes);
+        kernel<<<rows, kThreads, fixed + params.stages * stage, stream>>>(params);
         check_launch("topk_select_kernel");
     };
     if (scores.scalar_type() == ScalarType::Float) {
-        launch(topk_select_kernel<float>, sizeof(Storage<float>));
+        launch(topk_select_kernel<float>, 4);
     } else {
-        launch(topk_select_kernel<__nv_bfloat16>, sizeof(Storage<__nv_bfloat16>));
+        launch(topk_select_kernel<__nv_bfloat16>, 2);
     }
     return indices;
 }
