@@ -10,7 +10,7 @@ both); it has no indexer. Decode steps read a cache filled with random keys; our
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -129,7 +129,9 @@ def prefill_case(tokens: int, device: torch.device, *, dense: bool, quick: bool)
         inputs=lambda: (torch.randint(0, config.vocab_size - 2, (tokens,), device=device),),
         ours=functools.partial(prefill, dense=dense),
         verify=finite,
-        peers={"Hugging Face": hugging_face_prefill},
+        peers={}
+        if dense
+        else {"Hugging Face": hugging_face_prefill},  # dense in both: once is enough
         flops=2.0 * tokens * active_parameters(config) + attention_flops(config, tokens, dense),
         quick=quick,
         context=tokens,
@@ -184,7 +186,7 @@ class Decoding:
         self.arguments = ([1] * batch, [context - 1] * batch, numbers, [context] * batch)
         self.model, self.dense, self.device = model, dense, device
 
-    def __call__(self, *_: Tensor) -> Tensor:
+    def __call__(self) -> Tensor:
         if self.graphs is not None:
             return self.graphs.run(*self.arguments)
         ids, positions, pages, lengths = (torch.tensor(x) for x in self.arguments)
@@ -212,12 +214,17 @@ class HuggingFaceDecoding:
         self.ids = torch.ones(batch, 1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def __call__(self, *_: Tensor) -> Tensor:
+    def __call__(self) -> Tensor:
         for layer in self.past.layers:
             layer.keys, layer.values = (
                 x[:, :, : self.context - 1] for x in (layer.keys, layer.values)
             )
         return self.model(self.ids, past_key_values=self.past, use_cache=True).logits
+
+
+# One of each at a time: their caches fill the card.
+decoding = functools.lru_cache(maxsize=1)(Decoding)
+hugging_face_decoding = functools.lru_cache(maxsize=1)(HuggingFaceDecoding)
 
 
 def decode_case(batch: int, context: int, device: torch.device, *, dense: bool, quick: bool) -> Case:  # fmt: skip
@@ -230,22 +237,12 @@ def decode_case(batch: int, context: int, device: torch.device, *, dense: bool, 
     shared = active_parameters(config) / config.num_hidden_layers - 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts_per_tok  # fmt: skip
     weights = config.num_hidden_layers * 2.0 * (shared + 3 * config.hidden_size * config.moe_intermediate_size * experts)  # fmt: skip
 
-    def first_use(make: Callable) -> Callable:
-        made: list = []
-
-        def run(*inputs: Tensor) -> Tensor:
-            if not made:
-                made.append(make())
-            return made[0](*inputs)
-
-        return run
-
     return Case(
         name=f"decode {batch} x {context} {'dense' if dense else 'sparse'}",
         inputs=lambda: (torch.zeros(1, device=device),),
-        ours=first_use(lambda: Decoding(device, batch, context, dense)),
+        ours=lambda *_: decoding(device, batch, context, dense)(),
         verify=finite,
-        peers={"Hugging Face": first_use(lambda: HuggingFaceDecoding(device, batch, context))},
+        peers={"Hugging Face": lambda *_: hugging_face_decoding(device, batch, context)()},
         bytes=weights + head + config.num_hidden_layers * batch * (keys * kv + index),
         quick=quick,
         context=context,

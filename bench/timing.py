@@ -132,11 +132,14 @@ def prepare(runner: Runner, clock: Clock) -> None:
 
 
 def sample(runners: list[Runner], clock: Clock, left_us: float) -> None:
-    """Takes the samples of all runners, interleaved."""
+    """Takes the samples of all runners, interleaved. A call longer than all the time left is its own estimate."""
     turns = []
     for position, runner in enumerate(runners):
         share = left_us / len(runners) / max(runner.estimate_us, 1.0)
         count = min(max(int(share), 1), MOST_CALLS)
+        if runner.estimate_us > left_us:
+            runner.samples.append(runner.estimate_us)
+            continue
         turns += [((k + 0.5) / count, position, k) for k in range(count)]
     for _, position, k in sorted(turns):
         runner = runners[position]

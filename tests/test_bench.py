@@ -141,7 +141,7 @@ def test_slow_peer_keeps_to_its_share():
     calls = []
     slow = {"slow": lambda x: (calls.append(1), time.sleep(0.05))}
     result = timing.measure(invented(peers=slow), CpuClock(), 0.1)
-    assert len(calls) == 3  # warm-up, estimate, one sample
+    assert len(calls) == 2  # warm-up, and the estimate, which is longer than the time left
     assert result.samples > 3 and result.peers["slow"] >= 50_000
 
 

@@ -211,15 +211,14 @@ __device__ Cut find_cut(const Group& group, SelectScratch& s, const List& list, 
 
 // The cut at the `wanted`-th best key.
 template <class Group, class List>
-__device__ __noinline__ Cut find_key(const Group& group, SelectScratch& s, const List& list,
-                                     int wanted) {
+__device__ Cut find_key(const Group& group, SelectScratch& s, const List& list, int wanted) {
     return find_cut(group, s, list, [](uint32_t key, int32_t) { return key; }, wanted);
 }
 
 // The threshold of the best `topk`, at most as many as there are.
 template <class Group, class List>
-__device__ __noinline__ Threshold find_threshold(const Group& group, SelectScratch& s,
-                                                 const List& list, int topk) {
+__device__ Threshold find_threshold(const Group& group, SelectScratch& s, const List& list,
+                                    int topk) {
     const Cut cut = find_key(group, s, list, topk);
     if (cut.wanted == cut.count) return {cut.value, INT_MAX};
     const auto earliness = [&](uint32_t key, int32_t position) {
@@ -231,8 +230,8 @@ __device__ __noinline__ Threshold find_threshold(const Group& group, SelectScrat
 
 // Copies the candidates that belong to `target`, which does not overlap the list.
 template <class Group, class List>
-__device__ __noinline__ void keep(const Group& group, SelectScratch& s, const List& list,
-                                  Threshold threshold, Candidate* target) {
+__device__ void keep(const Group& group, SelectScratch& s, const List& list, Threshold threshold,
+                     Candidate* target) {
     const auto members_of = [&](const auto& keys, const auto& entries) {
         uint32_t members = 0;
 #pragma unroll
@@ -274,14 +273,12 @@ __device__ __forceinline__ int sample_rank(int sample, int topk, int n) {
     return 2 * rank > sample ? 0 : rank;
 }
 
-constexpr int kBitmapWords = 4096;  // positions in a window: 131072
-
 // Writes the positions, in [0, length), of the candidates that belong, ascending. `bitmap` is
-// kBitmapWords words of shared memory, on 16 bytes.
-template <class Group, class List>
-__device__ __noinline__ void write_ascending(const Group& group, SelectScratch& s, const List& list,
-                                             Threshold threshold, int length, uint32_t* bitmap,
-                                             int32_t* out) {
+// kBitmapWords words of shared memory, on 16 bytes: so many times 32 positions are written at a
+// time.
+template <int kBitmapWords, class Group, class List>
+__device__ void write_ascending(const Group& group, SelectScratch& s, const List& list,
+                                Threshold threshold, int length, uint32_t* bitmap, int32_t* out) {
     constexpr int kRun = kBitmapWords / Group::kWarps;  // words of a warp
     static_assert(kRun % 128 == 0);
 #pragma unroll 1

@@ -65,6 +65,14 @@ struct alignas(1024) ScoreStorage {
     int first_key[Shape::kTokens];  // and where those of its sequence begin
 };
 
+// The dynamic shared memory of the block from the first 1024-byte boundary on. (An offset, not a
+// cast of the address: the compiler goes on to know that it is shared memory.)
+template <class Storage>
+__device__ Storage& aligned_storage() {
+    extern __shared__ uint8_t dynamic[];
+    return *reinterpret_cast<Storage*>(dynamic + (-shared_address(dynamic) & 1023));
+}
+
 // Sequence, first key and number of visible keys of each token of the block; 0 keys if it belongs
 // to no sequence.
 template <class Shape>

@@ -14,9 +14,7 @@ namespace dsa {
 template <class Shape>
 __global__ void __launch_bounds__(kIndexerThreads, 1)
     indexer_logits_kernel(const __grid_constant__ CUtensorMap map, const IndexerLogitsParams p) {
-    extern __shared__ uint8_t dynamic[];
-    auto& s = *reinterpret_cast<ScoreStorage<Shape>*>(
-        (reinterpret_cast<uintptr_t>(dynamic) + 1023) & ~uintptr_t{1023});
+    auto& s = aligned_storage<ScoreStorage<Shape>>();
     const int first_token = blockIdx.x / p.key_blocks * Shape::kTokens;
     const int key_block = blockIdx.x % p.key_blocks;
     const int first_tile = key_block * p.key_rounds * kWarpgroups;

@@ -25,6 +25,7 @@ namespace dsa {
 constexpr int kScoreWarps = kScoreThreads / 32;
 constexpr int kWarpKeys = 32;     // of a tile: the most that a warp appends to a list
 constexpr int kFewestRounds = 2;  // tiles a warpgroup that are worth going on for without a cut
+constexpr int kBitmapWords = 4096;
 constexpr int kFewestSampled = 8, kMostSampled = 32;  // tiles
 
 template <class Shape>
@@ -103,40 +104,36 @@ struct GatheredList {
     }
 
     __device__ auto candidates() const { return dense<ThreadGroup<128>>(entries, total); }
-    __device__ __noinline__ Threshold threshold(int topk) const {
-        return find_threshold(group, scratch, candidates(), topk);
-    }
 };
 
-// The bound of token t from the sample.
-template <class Shape>
-__device__ void guess_bound(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t) {
-    const GatheredList<Shape> list(p, s, t, Segments(p, false));
-    const int rank = sample_rank(list.total, p.topk, s.score.visible[t]);
-    float bound = NAN;
-    if (rank > 0)
-        bound = score_of(find_key(list.group, list.scratch, list.candidates(), rank).value);
-    if (list.group.thread == 0) s.bound[t] = bound;
-}
+enum class Pass { kSample, kGuess, kCertain };
 
+// What a pass, or a part of a certain one, ends with for the list of token t: a sample gives the
+// bound; a list that is full before the last key is cut to its best topk, kept before the segments,
+// and gives the next bound; one that is complete is written out, if the guess was right.
 template <class Shape>
-__device__ __noinline__ void write_set(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
-                                       int first_token, const GatheredList<Shape>& list) {
-    write_ascending(list.group, list.scratch, list.candidates(), list.threshold(p.topk),
-                    s.score.visible[t], s.bitmap[threadIdx.x / 128],
-                    p.indices + static_cast<int64_t>(first_token + t) * p.topk);
-}
-
-// Keeps the best topk of a list before its segments, and raises the bound to the last of them.
-template <class Shape>
-__device__ void cut_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
-                         const GatheredList<Shape>& list) {
+__device__ void settle_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
+                            int first_token, Pass pass, bool last) {
+    const GatheredList<Shape> list(p, s, t, Segments(p, pass == Pass::kCertain));
+    const ThreadGroup<128>& group = list.group;
+    const int visible = s.score.visible[t];
+    const int wanted = pass == Pass::kSample ? sample_rank(list.total, p.topk, visible) : p.topk;
+    const bool enough = wanted > 0 && list.total >= wanted && list.whole;
     Threshold threshold{0, INT_MAX};
-    if (list.total >= p.topk) threshold = list.threshold(p.topk);
-    keep(list.group, list.scratch, list.candidates(), threshold, list_of<Shape>(p, t));
-    if (list.group.thread == 0) {
-        s.front[t] = min(list.total, p.topk);
-        if (list.total >= p.topk) s.bound[t] = score_of(threshold.key);
+    if (enough) threshold = find_threshold(group, list.scratch, list.candidates(), wanted);
+    if (pass == Pass::kSample || !last) {
+        if (pass == Pass::kCertain)
+            keep(group, list.scratch, list.candidates(), threshold, list_of<Shape>(p, t));
+        if (group.thread == 0) {
+            if (pass == Pass::kCertain) s.front[t] = min(list.total, p.topk);
+            if (enough) s.bound[t] = score_of(threshold.key);
+        }
+    } else if (enough) {
+        write_ascending<kBitmapWords>(group, list.scratch, list.candidates(), threshold, visible,
+                                      s.bitmap[threadIdx.x / 128],
+                                      p.indices + static_cast<int64_t>(first_token + t) * p.topk);
+    } else if (group.thread == 0) {
+        atomicOr(&s.again, 1u << t);
     }
 }
 
@@ -208,24 +205,17 @@ struct Appender {
 template <class Shape>
 __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Scorer<Shape>& scorer,
                            const TokenRun& run, int first_token) {
-    enum Pass { kSample, kGuess, kCertain };
     const RunPlan plan(p, run);
-    uint32_t tokens = run.tokens;
-    const auto for_each_list = [&](const auto& f) {
-#pragma unroll 1
-        for (int t = scorer.group; t < Shape::kTokens; t += kWarpgroups)
-            if (tokens >> t & 1) f(t);
-    };
     const auto meet = [] { named_barrier_sync(kSyncScorers, kScoreThreads); };
     const auto forget_bounds = [&] {
         if (threadIdx.x < Shape::kTokens) s.front[threadIdx.x] = 0, s.bound[threadIdx.x] = NAN;
         meet();
     };
-
     if (threadIdx.x == 0) s.again = 0;
     forget_bounds();
-    Pass pass = plan.sample.last > 0 ? kSample : kGuess;
-    TileRange tiles = pass == kSample ? plan.sample : plan.all;
+    uint32_t tokens = run.tokens;
+    Pass pass = plan.sample.last > 0 ? Pass::kSample : Pass::kGuess;
+    TileRange tiles = pass == Pass::kSample ? plan.sample : plan.all;
     Appender<Shape> appender;
     appender.start(p, s, scorer.quad, tokens, Segments(p, false));
     while (true) {
@@ -236,64 +226,50 @@ __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Sc
                 s.appended[threadIdx.x / 32][Shape::token(scorer.quad, a)] = appender.count[a];
         }
         meet();
-        const bool last = tiles.last == plan.all.last;
-        if (pass == kSample) {
-            for_each_list([&](int t) { guess_bound(p, s, t); });
-            meet();
-            pass = kGuess, tiles = plan.all;
-            appender.start(p, s, scorer.quad, tokens, Segments(p, false));
-            continue;
-        }
-        if (pass == kGuess) {
-            for_each_list([&](int t) {
-                const GatheredList<Shape> list(p, s, t, Segments(p, false));
-                if (list.whole && list.total >= p.topk) {
-                    write_set(p, s, t, first_token, list);
-                } else if (list.group.thread == 0) {
-                    atomicOr(&s.again, 1u << t);
-                }
-            });
-            __syncthreads();  // with the loader
-            tokens = s.again;
-            if (tokens == 0) return;
-            meet();
-            forget_bounds();
-            pass = kCertain, tiles = {0, 0};
-        } else if (last) {
-            for_each_list([&](int t) {
-                write_set(p, s, t, first_token, GatheredList<Shape>(p, s, t, Segments(p, true)));
-            });
-            meet();
-            return;
-        } else {
+        const bool last = pass != Pass::kSample && tiles.last == plan.all.last;
+        int rounds = 0;  // tiles a warpgroup that a certain pass can go on for
+        if (pass == Pass::kCertain) {
             int fullest = 0;
             for (int i = scorer.lane; i < kScoreWarps * Shape::kTokens; i += 32)
                 fullest = max(fullest, (&s.appended[0][0])[i]);
-            fullest = __reduce_max_sync(~0u, fullest);
-            int rounds = (appender.room - fullest) / kWarpKeys;
-            meet();  // before the counts are written again
-            if (rounds < kFewestRounds) {
-                for_each_list([&](int t) {
-                    cut_list(p, s, t, GatheredList<Shape>(p, s, t, Segments(p, true)));
-                });
-                meet();
-                appender.start(p, s, scorer.quad, tokens, Segments(p, true));
-                rounds = appender.room / kWarpKeys;
-            }
-            tiles = {tiles.last, min(tiles.last + rounds * kWarpgroups, plan.all.last)};
-            continue;
+            rounds = (appender.room - __reduce_max_sync(~0u, fullest)) / kWarpKeys;
         }
-        appender.start(p, s, scorer.quad, tokens, Segments(p, true));
-        tiles = {0, min(appender.room / kWarpKeys * kWarpgroups, plan.all.last)};
+        if (last || rounds < kFewestRounds) {
+#pragma unroll 1
+            for (int t = scorer.group; t < Shape::kTokens; t += kWarpgroups)
+                if (tokens >> t & 1) settle_list(p, s, t, first_token, pass, last);
+            if (last && pass == Pass::kCertain) break;
+            if (last) {
+                __syncthreads();  // with the loader
+                tokens = s.again;
+                if (tokens == 0) return;
+                pass = Pass::kCertain;
+                meet();
+                forget_bounds();
+                tiles = {0, 0};
+            } else {
+                meet();
+            }
+            if (pass == Pass::kSample) {
+                pass = Pass::kGuess;
+                tiles = plan.all;
+                appender.start(p, s, scorer.quad, tokens, Segments(p, false));
+                continue;
+            }
+            appender.start(p, s, scorer.quad, tokens, Segments(p, true));
+            rounds = appender.room / kWarpKeys;
+        } else {
+            meet();  // before the counts are written again
+        }
+        tiles = {tiles.last, min(tiles.last + rounds * kWarpgroups, plan.all.last)};
     }
+    meet();
 }
 
 template <class Shape>
 __global__ void __launch_bounds__(kIndexerThreads, 1)
     indexer_topk_kernel(const __grid_constant__ CUtensorMap map, const IndexerTopkParams p) {
-    extern __shared__ uint8_t dynamic[];
-    auto& s = *reinterpret_cast<TopkStorage<Shape>*>((reinterpret_cast<uintptr_t>(dynamic) + 1023) &
-                                                     ~uintptr_t{1023});
+    auto& s = aligned_storage<TopkStorage<Shape>>();
     init_barriers(s.score);
 
     // The next tokens, for the whole block of threads; false if there are none. Bit t of `scored`:

@@ -17,13 +17,14 @@
 namespace dsa {
 namespace {
 
-constexpr int kScanThreads = 512;
+constexpr int kScanThreads = 256;
 constexpr int kThreads = kScanThreads + 32;  // one warp loads
 constexpr int kWarps = kScanThreads / 32;
 constexpr int kLaneColumns = 8;  // of a round
 constexpr int kWarpColumns = 32 * kLaneColumns;
 constexpr int kRoundColumns = kWarps * kWarpColumns;
-constexpr int kPiece = 512;  // candidates in a piece of the list
+constexpr int kBitmapWords = 2048;
+constexpr int kPiece = 640;  // candidates in a piece of the list
 constexpr int kMostStages = 8;
 constexpr int kFewestSampled = 4096;  // columns of a row
 
@@ -104,8 +105,9 @@ struct Scanner {
     __device__ void scan(int round) {
         const int in_round = group.warp() * kWarpColumns + group.lane() * kVector;
         const int64_t first = int64_t{round} * kRoundColumns + in_round - row.begin;
+        const uint32_t below = group.lanes_below();
         const bool edge = round == 0 || round == row.rounds() - 1;
-        Candidate* own = entries + own_piece * kPiece;
+        const uint32_t own = shared_address(entries + own_piece * kPiece);
         const T* columns = ring + at.stage * kRoundColumns + in_round;
         mbarrier_wait(&s.full[at.stage], at.parity);
         Vector vectors[kLaneColumns / kVector];
@@ -122,8 +124,9 @@ struct Scanner {
             bool pass = passes(score, bound);
             if (edge) pass = pass && first + column >= 0 && first + column < row.length();
             const uint32_t ballot = __ballot_sync(~0u, pass);
-            const int place = count + __popc(ballot & group.lanes_below());
-            if (pass && place < kPiece) own[place] = {score, static_cast<int32_t>(first) + column};
+            const int place = count + __popc(ballot & below);
+            shared_store(own + place * sizeof(Candidate), score,
+                         static_cast<int32_t>(first) + column, pass && place < kPiece);
             count += __popc(ballot);
         }
     }
@@ -212,12 +215,13 @@ struct Scanner {
 
     __device__ void write(int32_t* out) {
         const Threshold threshold = find_threshold(group, s.scratch, list(), p.topk);
-        write_ascending(group, s.scratch, list(), threshold, row.length(), s.bitmap, out);
+        write_ascending<kBitmapWords>(group, s.scratch, list(), threshold, row.length(), s.bitmap,
+                                      out);
     }
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) topk_select_kernel(const TopkSelectParams p) {
+__global__ void __launch_bounds__(kThreads, 2) topk_select_kernel(const TopkSelectParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
     Storage& s = *reinterpret_cast<Storage*>(shared);
     const int index = blockIdx.x;
@@ -281,7 +285,9 @@ Tensor topk_select(const Tensor& scores, int64_t topk, std::optional<Tensor> sta
     const auto launch = [&](auto* kernel, int element_bytes) {
         const int fixed = sizeof(Storage) + (2 * params.front_pieces + kWarps) * kPiece * 8;
         const int stage = kRoundColumns * element_bytes;
-        params.stages = std::min((kMostSharedBytes - fixed) / stage, kMostStages);
+        const int half = kMostSharedBytes / 2 - 1024;  // two blocks an SM, if that leaves a ring
+        const int room = fixed + 2 * stage <= half ? half : kMostSharedBytes;
+        params.stages = std::min((room - fixed) / stage, kMostStages);
         STD_TORCH_CHECK(params.stages >= 2, "topk: no room for the candidates of ", topk);
         allow_shared_memory(kernel, kMostSharedBytes);
         kernel<<<rows, kThreads, fixed + params.stages * stage, stream>>>(params);
