@@ -131,6 +131,8 @@ def by_op(lines: Iterable[Line]) -> dict[str, list[Line]]:
 
 def table(lines: list[Line]) -> tuple[list[str], list[list[str]], list[str]]:
     """Header, rows and footnotes of one op's table."""
+    if "parts_ms" in lines[0]:
+        return parts_table(lines)
     peers = list(dict.fromkeys(name for entry in lines for name in entry["peers"]))
     header = ["case", "by", "median us", "rate", "% of limit", "peak MiB"]
     header += [f"vs {name}" for name in peers]
@@ -148,6 +150,20 @@ def table(lines: list[Line]) -> tuple[list[str], list[list[str]], list[str]]:
         if entry["timing"].get(OURS) == "graph" and uncaptured:
             notes.append(f"{entry['case']}: no CUDA graph of {', '.join(uncaptured)}, plain events")
     return header, rows, list(dict.fromkeys(notes))
+
+
+def parts_table(lines: list[Line]) -> tuple[list[str], list[list[str]], list[str]]:
+    """The same for lines of bench/model_parts.py: a column a case, a row a part."""
+    rows = []
+    for part in dict.fromkeys(part for entry in lines for part in entry["parts_ms"]):
+        rows.append([part, *(f"{entry['parts_ms'].get(part, 0.0):,.2f}" for entry in lines)])
+    rows.sort(key=lambda row: -max(float(cell.replace(",", "")) for cell in row[1:]))
+    kernels = [sum(entry["parts_ms"].values()) for entry in lines]
+    rows.append(["kernels together, ms", *(f"{ms:,.2f}" for ms in kernels)])
+    rows.append(["wall, ms", *(f"{entry['wall_ms']:,.2f}" for entry in lines)])
+    peaks = (entry["peak_gib"] for entry in lines)
+    rows.append(["peak over weights, GiB", *("-" if p is None else f"{p:.2f}" for p in peaks)])
+    return ["part", *(entry["case"] for entry in lines)], rows, []
 
 
 def significant(value: float) -> str:
@@ -185,7 +201,8 @@ def markdown(lines: list[Line]) -> str:
     parts = []
     for op, entries in by_op(lines).items():
         header, rows, notes = table(entries)
-        align = ["---", "---", *["---:"] * (len(header) - 2)]
+        left = 1 if header[0] == "part" else 2
+        align = ["---"] * left + ["---:"] * (len(header) - left)
         text = "\n".join(_markdown_row(cells) for cells in [header, align, *rows])
         parts.append("\n\n".join([f"**`{op}`**", text, *notes]))
     parts.append("\n".join(_sources(lines)))

@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hard_scores import deceptive_rows, hard_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from indexer_inputs import e4m3, int32, opcheck, packed, paged
@@ -85,28 +86,28 @@ def test_near_the_float64_reference(tier):
     assert (ours.sort(1).values - theirs.sort(1).values).abs().max() < slack * logits.abs().max()
 
 
-def test_hard_scores(tier):
-    """Plateaus, ties, infinities and NaN among the scores: one head whose score is the key's scale."""
-    length = 300
-    hard = torch.randn(length)
-    scales = torch.stack([
-        hard, torch.zeros(length), torch.sign(hard), torch.where(hard > 0, hard * 1e-3, 0.0),
-        torch.where(hard > 1, torch.nan, hard), torch.where(hard > 1, torch.inf, -torch.inf),
-        torch.full((length,), torch.nan), -torch.arange(length).float(),
-    ])  # fmt: skip
-    for scale in scales:
-        k = torch.zeros(length, 64)
-        k[:, 0] = 1
-        q = torch.zeros(2, 1, 64)
-        q[:, 0, 0] = 1
+@pytest.mark.parametrize("heads, length, topk", [(1, 300, 40), (16, 9000, 2048), (16, 70_000, 4096), (64, 9000, 33)])  # fmt: skip
+def test_hard_scores(tier, heads, length, topk):
+    """Ties, plateaus, infinities, NaN, and rows that no sample tells: one head sees, and the score is the key's scale."""
+    if tier.interpreted and length > 300:
+        pytest.skip("minutes in the interpreter")
+    tokens = 11
+    k, q, weights = (
+        torch.zeros(length, 64),
+        torch.zeros(tokens, heads, 64),
+        torch.zeros(tokens, heads),
+    )
+    k[:, 0], q[:, -1, 0], weights[:, -1] = 1, 1, 1
+    seen = torch.arange(length - tokens, length) + 1
+    for scale in torch.cat([hard_rows(length), deceptive_rows(length)]):
         args = (
-            q.to(torch.float8_e4m3fn).to(tier.device), torch.ones(2, 1, device=tier.device),
+            q.to(torch.float8_e4m3fn).to(tier.device), weights.to(tier.device),
             k.to(torch.float8_e4m3fn).to(tier.device), scale.to(tier.device),
-            int32([0, 2], tier.device), int32([0, length], tier.device),
+            int32([0, tokens], tier.device), int32([0, length], tier.device),
         )  # fmt: skip
         with tier:
-            indices = select(args, 40, length)
-        expected = sorted_rows(scale.expand(2, -1), 40, None, torch.tensor([length - 1, length]))
+            indices = select(args, topk, length)
+        expected = sorted_rows(scale.expand(tokens, -1), topk, None, seen)
         torch.testing.assert_close(indices.cpu(), expected, rtol=0, atol=0)
 
 

@@ -2,6 +2,7 @@ import importlib
 
 import pytest
 import torch
+from hard_scores import deceptive_rows, hard_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,25 +10,6 @@ import dsa_kernels
 from dsa_kernels.topk_select.reference import topk_select as reference
 
 OP = "topk_select"
-
-
-def hard_rows(width):
-    """Rows made to break a selection, [R, width]."""
-    x = torch.randn(width)
-    plateau = torch.where(torch.rand(width) < 2 / 3, 0.0, torch.rand(width) * 1e-3)
-    special = x.clone()
-    special[::7], special[1::7], special[2::7] = torch.inf, -torch.inf, torch.nan
-    last_bit = (
-        torch.ones(width)
-        .view(torch.int32)
-        .add(torch.randint(0, 2, (width,)).int())
-        .view(torch.float32)
-    )
-    zeros = torch.where(torch.rand(width) < 0.5, 0.0, -0.0)
-    return torch.stack([
-        x, torch.zeros(width), plateau, special, last_bit, zeros, torch.sign(x), torch.arange(width).float(),
-        -torch.arange(width).float(), torch.full((width,), torch.nan), torch.full((width,), -torch.inf),
-    ])  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -55,6 +37,17 @@ def test_long_rows(tier, rows, monkeypatch):
     with tier:
         indices = dsa_kernels.topk_select(scores, 700)
     torch.testing.assert_close(indices, reference(scores, 700, None, None), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width, topk", [(9000, 2048), (20_000, 5), (131_072, 4096)])
+def test_rows_that_defeat_a_guess(tier, width, topk, dtype):
+    if tier.interpreted:
+        width, topk = width // 10, topk // 10 + 1
+    scores = torch.cat([hard_rows(width), deceptive_rows(width)]).to(tier.device, dtype)
+    with tier:
+        indices = dsa_kernels.topk_select(scores, topk)
+    torch.testing.assert_close(indices, reference(scores, topk, None, None), rtol=0, atol=0)
 
 
 def test_large_topk(tier):

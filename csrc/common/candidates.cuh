@@ -264,6 +264,12 @@ __device__ void keep(const Group& group, SelectScratch& s, const List& list, Thr
     group.sync();
 }
 
+// Whether a set that ends at the threshold lies above a guess, which some scores did not beat. NaN
+// scores beat any bound and rank last: their number must not make up for that of the others.
+__device__ __forceinline__ bool above_guess(Threshold threshold, float bound) {
+    return bound != bound || threshold.key > order_key(bound);
+}
+
 // How many of `sample` candidates, drawn evenly from n, should beat a bound that at least topk of
 // the n beat: five standard deviations more than topk / n of them. 0 if that is most of them: no
 // guess.

@@ -80,7 +80,7 @@ __device__ void find_keys(const IndexerScoreParams& p, ScoreStorage<Shape>& s, i
     if (threadIdx.x >= Shape::kTokens) return;
     const int token = first_token + threadIdx.x;
     int low = 0, visible = 0, first = 0;
-    if (token < p.tokens) {
+    if (token < p.tokens && p.num_sequences > 0) {
         for (int high = p.num_sequences; high - low > 1;) {
             const int middle = (low + high) / 2;
             (p.cu_seqlens_q[middle] <= token ? low : high) = middle;

@@ -23,13 +23,10 @@ struct IndexerScoreParams {
 };
 
 struct IndexerLogitsParams : IndexerScoreParams {
-    float* out;        // [T, width], row stride `out_stride`
-    int32_t* visible;  // [T] or null: keys that each token sees
+    float* out;  // [T, width], row stride `out_stride`
     int64_t out_stride;
-    int32_t key_blocks;   // a block of tokens is this many blocks of the grid,
-    int32_t key_rounds;   // each of that many rounds of 256 keys
-    int32_t min_visible;  // tokens that see no more are not scored
-    bool fill;            // -inf where a token does not see the key
+    int32_t key_blocks;  // a block of tokens is this many blocks of the grid,
+    int32_t key_rounds;  // each of that many rounds of 256 keys
 };
 
 }  // namespace dsa

@@ -3,7 +3,6 @@
 
 #include "common/indexer_launch.h"
 #include "indexer_logits/sm90.cuh"
-#include "indexer_logits/sm90.h"
 
 namespace dsa {
 namespace {
@@ -14,8 +13,8 @@ template <class Shape>
 void launch(IndexerLogitsParams& p, const CUtensorMap& map, cudaStream_t stream) {
     const int64_t token_blocks = (p.tokens + Shape::kTokens - 1) / Shape::kTokens;
     const int64_t rounds = (p.width + kRoundKeys - 1) / kRoundKeys;
-    const int64_t wanted =
-        2 * num_multiprocessors() / token_blocks + 1;  // blocks a row, so that all have work
+    // blocks a row, so that every SM has work
+    const int64_t wanted = 2 * num_multiprocessors() / token_blocks + 1;
     p.key_rounds = static_cast<int32_t>(std::clamp<int64_t>(rounds / wanted, 1, kMostRounds));
     p.key_blocks = static_cast<int32_t>((rounds + p.key_rounds - 1) / p.key_rounds);
     constexpr int kSharedBytes = sizeof(ScoreStorage<Shape>) + 1024;
@@ -25,28 +24,20 @@ void launch(IndexerLogitsParams& p, const CUtensorMap& map, cudaStream_t stream)
     check_launch("indexer_logits_kernel");
 }
 
-Tensor logits(IndexerLogitsParams& p, const CUtensorMap& map, const Tensor& q, bool paged) {
+template <bool kPaged>
+Tensor logits(IndexerLogitsParams& p, const CUtensorMap& map, const Tensor& q) {
     Tensor out = torch::stable::new_empty(q, {q.sizes()[0], p.width}, ScalarType::Float);
+    if (p.tokens == 0 || p.width == 0) return out;
     p.out = static_cast<float*>(out.data_ptr());
     p.out_stride = p.width;
-    p.fill = true;
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-    launch_indexer_logits(p, map, q.sizes()[1], q.sizes()[2], paged, current_stream(q));
+    const cudaStream_t stream = current_stream(q);
+    with_indexer_shape<kPaged>(q.sizes()[1], q.sizes()[2],
+                               [&]<class Shape>() { launch<Shape>(p, map, stream); });
     return out;
 }
 
 }  // namespace
-
-void launch_indexer_logits(IndexerLogitsParams& p, const CUtensorMap& map, int64_t heads,
-                           int64_t dim, bool paged, cudaStream_t stream) {
-    if (p.tokens == 0 || p.width == 0) return;
-    const auto run = [&]<class Shape>() { launch<Shape>(p, map, stream); };
-    if (paged) {
-        with_indexer_shape<true>(heads, dim, run);
-    } else {
-        with_indexer_shape<false>(heads, dim, run);
-    }
-}
 
 Tensor indexer_logits(const Tensor& q, const Tensor& weights, const Tensor& k,
                       const Tensor& k_scale, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
@@ -54,7 +45,7 @@ Tensor indexer_logits(const Tensor& q, const Tensor& weights, const Tensor& k,
     IndexerLogitsParams p{};
     set_queries(p, q, weights, cu_seqlens_q);
     const CUtensorMap map = packed_keys(p, k, k_scale, cu_seqlens_k, max_seqlen_k);
-    return logits(p, map, q, false);
+    return logits<false>(p, map, q);
 }
 
 Tensor indexer_logits_paged(const Tensor& q, const Tensor& weights, const Tensor& index_cache,
@@ -63,7 +54,7 @@ Tensor indexer_logits_paged(const Tensor& q, const Tensor& weights, const Tensor
     IndexerLogitsParams p{};
     set_queries(p, q, weights, cu_seqlens_q);
     const CUtensorMap map = paged_keys(p, index_cache, page_table, lengths, q.sizes()[2]);
-    return logits(p, map, q, true);
+    return logits<true>(p, map, q);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsa_kernels_cuda, CUDA, m) {

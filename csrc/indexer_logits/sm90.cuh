@@ -24,16 +24,9 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
     __syncthreads();
 
     uint32_t scored = 0;
-    int most = 0;
 #pragma unroll
-    for (int t = 0; t < Shape::kTokens; ++t) {
-        most = max(most, s.visible[t]);
-        if (s.visible[t] > max(p.min_visible, first_tile * kTileKeys)) scored |= 1u << t;
-    }
-    if (p.visible != nullptr && key_block == 0 && threadIdx.x < Shape::kTokens &&
-        first_token + threadIdx.x < p.tokens)
-        p.visible[first_token + threadIdx.x] = s.visible[threadIdx.x];
-
+    for (int t = 0; t < Shape::kTokens; ++t)
+        if (s.visible[t] > first_tile * kTileKeys) scored |= 1u << t;
     const auto tiles = [&](const TokenRun& run) {
         return TileRange{first_tile, min(end_tile, run.tiles())};
     };
@@ -49,14 +42,12 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
         }
     } else {
         take_registers<kScorerRegisters>();
-        if (p.fill) {
-            const int64_t end = min(int64_t{end_tile} * kTileKeys, int64_t{p.width});
-            for (int t = 0; t < Shape::kTokens && first_token + t < p.tokens; ++t) {
-                float* row = p.out + (first_token + t) * p.out_stride;
-                const int64_t unseen = max(s.visible[t], first_tile * kTileKeys);
-                for (int64_t key = unseen + threadIdx.x; key < end; key += kScoreThreads)
-                    row[key] = -INFINITY;
-            }
+        const int64_t end = min(int64_t{end_tile} * kTileKeys, int64_t{p.width});
+        for (int t = 0; t < Shape::kTokens && first_token + t < p.tokens; ++t) {
+            float* row = p.out + (first_token + t) * p.out_stride;
+            const int64_t unseen = max(s.visible[t], first_tile * kTileKeys);
+            for (int64_t key = unseen + threadIdx.x; key < end; key += kScoreThreads)
+                row[key] = -INFINITY;
         }
         if (scored == 0) return;
         load_queries(p, s, first_token);

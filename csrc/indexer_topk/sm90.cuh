@@ -118,9 +118,10 @@ __device__ void settle_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
     const ThreadGroup<128>& group = list.group;
     const int visible = s.score.visible[t];
     const int wanted = pass == Pass::kSample ? sample_rank(list.total, p.topk, visible) : p.topk;
-    const bool enough = wanted > 0 && list.total >= wanted && list.whole;
+    bool enough = wanted > 0 && list.total >= wanted && list.whole;
     Threshold threshold{0, INT_MAX};
     if (enough) threshold = find_threshold(group, list.scratch, list.candidates(), wanted);
+    if (pass == Pass::kGuess) enough = enough && above_guess(threshold, s.bound[t]);
     if (pass == Pass::kSample || !last) {
         if (pass == Pass::kCertain)
             keep(group, list.scratch, list.candidates(), threshold, list_of<Shape>(p, t));

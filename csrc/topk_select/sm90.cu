@@ -1,13 +1,15 @@
 // topk_select on the GPU: exact, deterministic, smallest position first among equals, no workspace.
 //
-// A block reads its row once: one warp copies rounds of 4096 columns by TMA into a ring in shared
-// memory, 16 warps take 256 columns each of a round. What beats the bound goes to the warp's own
+// A block reads its row once: one warp copies rounds of 2048 columns by TMA into a ring in shared
+// memory, 8 warps take 256 columns each of a round. What beats the bound goes to the warp's own
 // piece of the list of candidates in shared memory: a ballot and a store, no atomics, no meeting of
-// the warps. The bound is a guess from 1024 to 4096 columns spread over the row; it lets about 3300
-// of 131072 pass for topk = 2048. If fewer than topk pass, or more than a piece holds, the block
-// goes through the row again with certain bounds and cuts (common/candidates.cuh): rows of equal
-// scores, say. 213 KB of shared memory, 112 of them the ring: one block an SM, bound by
-// instructions.
+// the warps. The bound is a guess from 1024 to 4096 columns spread over the row; of 131072 it lets
+// about 3300 pass at topk = 2048. If the guess was wrong, or more passed than a piece holds, the
+// block goes through the row again with certain bounds and cuts (common/candidates.cuh).
+//
+// 111 KB of shared memory, 16 of them the ring: two blocks an SM, so that one streams while the
+// other selects. Bound by instructions, about 40 for 32 columns with all that a row costs once, and
+// for a single row by their fetch.
 #include <algorithm>
 
 #include "common/candidates.cuh"
@@ -22,7 +24,7 @@ constexpr int kThreads = kScanThreads + 32;  // one warp loads
 constexpr int kWarps = kScanThreads / 32;
 constexpr int kLaneColumns = 8;  // of a round
 constexpr int kWarpColumns = 32 * kLaneColumns;
-constexpr int kRoundColumns = kWarps * kWarpColumns;
+constexpr uint32_t kRoundColumns = kWarps * kWarpColumns;
 constexpr int kBitmapWords = 2048;
 constexpr int kPiece = 640;  // candidates in a piece of the list
 constexpr int kMostStages = 8;
@@ -48,13 +50,11 @@ struct Storage {
 template <typename T>
 struct Row {
     const T* scores;
-    int64_t begin;
-    int64_t end;
+    uint32_t begin;
+    uint32_t end;
 
-    __device__ int length() const { return static_cast<int>(end - begin); }
-    __device__ int rounds() const {
-        return static_cast<int>((end + kRoundColumns - 1) / kRoundColumns);
-    }
+    __device__ uint32_t length() const { return end - begin; }
+    __device__ int rounds() const { return (end + kRoundColumns - 1) / kRoundColumns; }
 };
 
 struct RingPosition {
@@ -72,9 +72,9 @@ template <typename T>
 __device__ void load_row(const Row<T>& row, Storage& s, T* ring, int stages, RingPosition& at) {
     constexpr int kVector = 16 / sizeof(T);
     for (int round = 0; round < row.rounds(); ++round, at.advance(stages)) {
-        const int64_t first = int64_t{round} * kRoundColumns;
-        const int64_t left = (row.end - first + kVector - 1) / kVector * kVector;
-        const uint32_t bytes = sizeof(T) * min(left, int64_t{kRoundColumns});
+        const uint32_t first = round * kRoundColumns;
+        const uint32_t left = (row.end - first + kVector - 1) / kVector * kVector;
+        const uint32_t bytes = sizeof(T) * min(left, kRoundColumns);
         mbarrier_wait(&s.empty[at.stage], at.parity ^ 1);
         mbarrier_arrive_expect(&s.full[at.stage], bytes);
         bulk_load(ring + at.stage * kRoundColumns, row.scores + first, bytes, &s.full[at.stage]);
@@ -100,11 +100,12 @@ struct Scanner {
     int own_piece = 2 * p.front_pieces + group.warp();
     int count = 0;  // candidates in this warp's piece, those that found no room included
     float bound = NAN;
+    Threshold threshold;  // of the set, once a pass has found it
 
     // Takes this warp's part of a round.
     __device__ void scan(int round) {
         const int in_round = group.warp() * kWarpColumns + group.lane() * kVector;
-        const int64_t first = int64_t{round} * kRoundColumns + in_round - row.begin;
+        const uint32_t first = round * kRoundColumns + in_round - row.begin;  // may wrap around
         const uint32_t below = group.lanes_below();
         const bool edge = round == 0 || round == row.rounds() - 1;
         const uint32_t own = shared_address(entries + own_piece * kPiece);
@@ -122,27 +123,28 @@ struct Scanner {
             const int column = j / kVector * kVector * 32 + j % kVector;
             const float score = to_float(vectors[j / kVector].value[j % kVector]);
             bool pass = passes(score, bound);
-            if (edge) pass = pass && first + column >= 0 && first + column < row.length();
+            if (edge) pass = pass && first + column < row.length();
             const uint32_t ballot = __ballot_sync(~0u, pass);
             const int place = count + __popc(ballot & below);
-            shared_store(own + place * sizeof(Candidate), score,
-                         static_cast<int32_t>(first) + column, pass && place < kPiece);
+            shared_store(own + place * sizeof(Candidate), score, first + column,
+                         pass && place < kPiece);
             count += __popc(ballot);
         }
     }
 
     // The bound from columns spread over the row; NaN, which all pass, where that makes no sense.
     __device__ float guess() {
-        const int n = row.length();
+        const uint32_t n = row.length();
         if (n < kFewestSampled) return NAN;
         const int sample = n >= 65536 ? 4096 : n >= 16384 ? 2048 : 1024;
         const int rank = sample_rank(sample, p.topk, n);
         if (rank == 0) return NAN;
-        const int64_t first = (row.begin + kVector - 1) / kVector;
-        const int64_t step = (row.end / kVector - first) / (sample / kVector);
+        const uint32_t first = (row.begin + kVector - 1) / kVector;
+        const uint32_t step = (row.end / kVector - first) / (sample / kVector);
         for (int i = group.thread; i < sample / kVector; i += kScanThreads) {
             Vector vector;
-            vector.raw = *reinterpret_cast<const uint4*>(row.scores + (first + i * step) * kVector);
+            vector.raw =
+                *reinterpret_cast<const uint4*>(row.scores + size_t{first + i * step} * kVector);
 #pragma unroll
             for (int v = 0; v < kVector; ++v)
                 entries[i * kVector + v] = {to_float(vector.value[v]), 0};
@@ -174,13 +176,16 @@ struct Scanner {
         return __reduce_add_sync(~0u, sum);
     }
 
-    // One pass with a guess. Whether the list holds the set.
+    // One pass with a guess. Whether the list holds the set: if it is whole and the set lies above
+    // the guess.
     __device__ bool select_by_guess() {
         if (group.thread < 2 * p.front_pieces) s.counts[group.thread] = 0;
         bound = guess();
 #pragma unroll 1
         for (int round = 0; round < row.rounds(); ++round) scan(round);
-        return publish() <= kPiece && total() >= p.topk;
+        if (publish() > kPiece || total() < p.topk) return false;
+        threshold = find_threshold(group, s.scratch, list(), p.topk);
+        return above_guess(threshold, bound);
     }
 
     // Another pass: after it the list holds the set.
@@ -193,13 +198,15 @@ struct Scanner {
 #pragma unroll 1
             for (; done < stop; ++done) scan(done);
             fullest = publish();
-            if (done == row.rounds() || kPiece - fullest >= kWarpColumns) continue;
+            const bool last = done == row.rounds();
+            if (!last && kPiece - fullest >= kWarpColumns) continue;
             const int candidates = total();
-            Threshold threshold{0, INT_MAX};
+            threshold = {0, INT_MAX};
             if (candidates >= p.topk) {
                 threshold = find_threshold(group, s.scratch, list(), p.topk);
                 bound = score_of(threshold.key);
             }
+            if (last) return;
             const int front = turn * p.front_pieces;
             keep(group, s.scratch, list(), threshold, entries + front * kPiece);
             if (group.thread < 2 * p.front_pieces) {
@@ -214,7 +221,6 @@ struct Scanner {
     }
 
     __device__ void write(int32_t* out) {
-        const Threshold threshold = find_threshold(group, s.scratch, list(), p.topk);
         write_ascending<kBitmapWords>(group, s.scratch, list(), threshold, row.length(), s.bitmap,
                                       out);
     }
@@ -233,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_select_kernel(const TopkSele
         return;
     }
     const T* scores = static_cast<const T*>(p.scores) + index * p.row_stride + start;
-    const int64_t begin = reinterpret_cast<uintptr_t>(scores) % 16 / sizeof(T);
+    const uint32_t begin = reinterpret_cast<uintptr_t>(scores) % 16 / sizeof(T);
     const Row<T> row{scores - begin, begin, begin + n};
     const int capacity = (2 * p.front_pieces + kWarps) * kPiece;
     Candidate* entries = reinterpret_cast<Candidate*>(s.dynamic);
