@@ -132,15 +132,22 @@ __device__ __forceinline__ void for_each(const Group& group, const List& list, c
     }
 }
 
-// The sum over the threads before this one; `all` becomes the sum over the whole group.
+// The sum over the lanes of the warp up to this one.
 template <class Group>
-__device__ int sum_before(const Group& group, SelectScratch& s, int own, int& all) {
+__device__ int sum_up_to(const Group& group, int own) {
     int inclusive = own;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
         const int other = __shfl_up_sync(~0u, inclusive, offset);
         if (group.lane() >= offset) inclusive += other;
     }
+    return inclusive;
+}
+
+// The sum over the threads before this one; `all` becomes the sum over the whole group.
+template <class Group>
+__device__ int sum_before(const Group& group, SelectScratch& s, int own, int& all) {
+    const int inclusive = sum_up_to(group, own);
     if (group.lane() == 31) s.sums[group.warp()] = inclusive;
     group.sync();
     const int warp_sum = group.lane() < Group::kWarps ? s.sums[group.lane()] : 0;
@@ -246,14 +253,8 @@ __device__ void keep(const Group& group, SelectScratch& s, const List& list, Thr
     int place = __shfl_sync(~0u, sum_before(group, s, own, all), 0);
     for_each(group, list, [&](const auto& keys, const auto& entries) {
         const uint32_t members = members_of(keys, entries);
-        int inclusive = __popc(members);
-        int at = place - inclusive;
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            const int other = __shfl_up_sync(~0u, inclusive, offset);
-            if (group.lane() >= offset) inclusive += other;
-        }
-        at += inclusive;
+        const int inclusive = sum_up_to(group, __popc(members));
+        int at = place + inclusive - __popc(members);
         place += __shfl_sync(~0u, inclusive, 31);
 #pragma unroll
         for (int u = 0; u < kOwn; ++u) {
@@ -320,14 +321,8 @@ __device__ void write_ascending(const Group& group, SelectScratch& s, const List
 #pragma unroll 1
         for (int i = 0; i < kRun; i += 128) {
             const uint4 four = four_words(i);
-            int inclusive = bits_of(four);
-            int at = place - inclusive;
-#pragma unroll
-            for (int offset = 1; offset < 32; offset *= 2) {
-                const int other = __shfl_up_sync(~0u, inclusive, offset);
-                if (group.lane() >= offset) inclusive += other;
-            }
-            at += inclusive;
+            const int inclusive = sum_up_to(group, bits_of(four));
+            int at = place + inclusive - bits_of(four);
             place += __shfl_sync(~0u, inclusive, 31);
             int32_t first =
                 static_cast<int32_t>(base) + 32 * (group.warp() * kRun + i + 4 * group.lane());
