@@ -8,7 +8,8 @@
 //   nn   A [m, k], B [k, n]: kOuterRows x 2 vectors of accumulators, A broadcast.
 //   tn   A [k, m], B [k, n]: the same micro-kernel with A's strides exchanged (weight gradients).
 // Operands are widened to fp32 panels in L2 (A, 192 KB) and L1/L2 (B) as they are needed; a row of
-// an operand is any pointer, so gathers cost nothing.
+// an operand is any pointer, so gathers cost nothing. With AVX512-BF16 the nt form of two bf16
+// operands widens nothing: A is copied to a panel, B read where it is.
 //
 // Every element is summed in blocks of a fixed depth, in order, whatever m, n and the number of
 // threads are: the same row gives the same bits in any batch.
@@ -16,7 +17,9 @@
 
 #include <atomic>
 #include <memory>
+#include <type_traits>
 
+#include "common/bf16_dot.h"
 #include "common/cpu.h"
 #include "common/sequence_bounds.h"
 #include "common/simd.h"
@@ -25,6 +28,7 @@ namespace dsa::DSA_ISA {
 
 inline constexpr int64_t kTileRows = 96, kTileCols = 64;
 inline constexpr int64_t kDotDepth = 512, kOuterDepth = 256;
+inline constexpr int64_t kBf16Depth = 2 * kDotDepth;  // the same panel
 // 3 x 4 (12 + 3 + 1 of 16 registers) and 6 x 16, or twice the rows with 32 registers.
 inline constexpr int kDotRows = kLanes == 16 ? 6 : 3, kDotCols = 4;
 inline constexpr int kOuterRows = kLanes == 16 ? 12 : 6, kOuterCols = 2 * kLanes;
@@ -110,6 +114,12 @@ class GemmTile {
     template <typename A, typename B>
     void nt(int64_t m, int64_t n, int64_t k, const A& a, const B& b) {
         clear(m);
+#if defined(__AVX512BF16__)
+        if constexpr (HasAddress<A> && HasAddress<B>) {
+            using Element = typename A::Element;
+            if constexpr (std::is_same_v<Element, bf16>) return nt_bf16(m, n, k, a, b);
+        }
+#endif
         const int64_t lda_all = round_up(k, kLanes);
         if (m * lda_all <= kTileRows * kDotDepth) {  // few rows: all of A at once, B in long runs
             for (int64_t i = 0; i < m; ++i) a.load(i, 0, k, a_.get() + i * lda_all);
@@ -151,6 +161,34 @@ class GemmTile {
     }
 
   private:
+#if defined(__AVX512BF16__)
+    template <typename A, typename B>
+    void nt_bf16(int64_t m, int64_t n, int64_t k, const A& a, const B& b) {
+        bf16* panel = reinterpret_cast<bf16*>(a_.get());
+        for (int64_t k0 = 0; k0 < k; k0 += kBf16Depth) {
+            const int64_t depth = std::min(kBf16Depth, k - k0);
+            for (int64_t i = 0; i < m; ++i) {
+                const bf16* row = a.at(i);
+                if (row == nullptr) {
+                    std::fill_n(panel + i * kBf16Depth, depth, bf16{0});
+                } else {
+                    std::copy_n(row + k0, depth, panel + i * kBf16Depth);
+                }
+            }
+            for (int64_t i = 0; i < m; i += kDotRows)
+                for (int64_t j = 0; j < n; j += kDotCols)
+                    with_rows<kDotRows>(std::min<int64_t>(kDotRows, m - i), [&]<int R>() {
+                        with_rows<kDotCols>(std::min<int64_t>(kDotCols, n - j), [&]<int C>() {
+                            const bf16* columns[C];
+                            for (int c = 0; c < C; ++c) columns[c] = b.at(j + c) + k0;
+                            bf16_dot_tile<R, C>(panel + i * kBf16Depth, kBf16Depth, columns, depth,
+                                                row(i) + j, kTileCols);
+                        });
+                    });
+        }
+    }
+#endif
+
     void clear(int64_t m) { std::fill_n(c_.get(), m * kTileCols, 0.0f); }
 
     template <typename B>

@@ -2,7 +2,7 @@
 //
 // Every csrc/<room>/cpu.cpp is compiled once per instruction set with -DDSA_ISA=<name>; its code
 // lives in namespace dsa::<name> and only the chosen one registers its ops.
-// DSA_CPU_ISA=avx512|avx2|generic overrides the choice.
+// DSA_CPU_ISA=avx512bf16|avx512|avx2|generic overrides the choice.
 #pragma once
 
 #include <cstdlib>
@@ -29,9 +29,19 @@ inline bool cpu_supports_avx512() {
 #endif
 }
 
+inline bool cpu_supports_avx512bf16() {
+#if defined(__x86_64__)
+    return cpu_supports_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 inline const char* cpu_isa() {
     const char* forced = std::getenv("DSA_CPU_ISA");
     const bool any = forced == nullptr || *forced == '\0';
+    if ((any || !std::strcmp(forced, "avx512bf16")) && cpu_supports_avx512bf16())
+        return "avx512bf16";
     if ((any || !std::strcmp(forced, "avx512")) && cpu_supports_avx512()) return "avx512";
     if ((any || !std::strcmp(forced, "avx2")) && cpu_supports_avx2()) return "avx2";
     return "generic";
