@@ -122,6 +122,9 @@ def hugging_face_prefill(ids: Tensor) -> Tensor:
     return hugging_face(ids.device)(ids[None], use_cache=True, logits_to_keep=1).logits[0, -1]
 
 
+PREFILL_PEERS = {"Hugging Face": hugging_face_prefill}
+
+
 def prefill_case(tokens: int, device: torch.device, *, dense: bool, quick: bool) -> Case:
     config = full_config(device)
     return Case(
@@ -129,9 +132,7 @@ def prefill_case(tokens: int, device: torch.device, *, dense: bool, quick: bool)
         inputs=lambda: (torch.randint(0, config.vocab_size - 2, (tokens,), device=device),),
         ours=functools.partial(prefill, dense=dense),
         verify=finite,
-        peers={}
-        if dense
-        else {"Hugging Face": hugging_face_prefill},  # dense in both: once is enough
+        peers={} if dense else PREFILL_PEERS,  # theirs is dense in both: once is enough
         flops=2.0 * tokens * active_parameters(config) + attention_flops(config, tokens, dense),
         quick=quick,
         context=tokens,

@@ -3,8 +3,8 @@
 First ours runs once and `verify` judges the output: a wrong one ends the measurement, without a speed. Then the peak
 memory of a second call is read, and each peer is called once, which compiles what there is to compile and shows which
 peers cannot run here. What remains of the case's seconds is shared out evenly: everyone gets as many calls as its
-share holds (one at least), spread evenly over the run, so that a slow minute of the machine hits all alike. Calls
-rotate over several sets of fresh inputs. The result is the median. See clock.py for how one call is timed.
+share holds, spread evenly over the run, so that a slow minute of the machine hits all alike; one at least, which for a call
+longer than all that remains is the one that told so. Calls rotate over several sets of fresh inputs. The result is the median. See clock.py for how one call is timed.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def prepare(runner: Runner, clock: Clock) -> None:
 
 
 def sample(runners: list[Runner], clock: Clock, left_us: float) -> None:
-    """Takes the samples of all runners, interleaved. A call longer than all the time left is its own estimate."""
+    """Takes the samples of all runners, interleaved."""
     turns = []
     for position, runner in enumerate(runners):
         share = left_us / len(runners) / max(runner.estimate_us, 1.0)

@@ -104,9 +104,9 @@ __device__ auto dense(const Candidate* entries, int n) {
     return CandidateList<decltype(count)>{entries, Group::kWarps, stride, count};
 }
 
-// Calls f(keys, entries) with arrays of kOwn for all candidates, each warp a piece at a time, all
-// its lanes together. The keys order as the scores do; those that are not there are 0.
-constexpr int kOwn = 8;
+// Calls f(keys, entries) with arrays of kLaneCandidates for all candidates, each warp a piece at a
+// time, all its lanes together. The keys order as the scores do; those that are not there are 0.
+constexpr int kLaneCandidates = 8;
 template <class Group, class List, class F>
 __device__ __forceinline__ void for_each(const Group& group, const List& list, const F& f) {
 #pragma unroll 1  // code that does not fit the instruction cache costs more than a loop
@@ -114,11 +114,11 @@ __device__ __forceinline__ void for_each(const Group& group, const List& list, c
         const int n = list.count(piece);
         const Candidate* entries = list.entries + piece * list.stride;
 #pragma unroll 1
-        for (int base = 0; base < n; base += 32 * kOwn) {
-            uint32_t keys[kOwn];
-            Candidate own[kOwn];
+        for (int base = 0; base < n; base += 32 * kLaneCandidates) {
+            uint32_t keys[kLaneCandidates];
+            Candidate own[kLaneCandidates];
 #pragma unroll
-            for (int u = 0; u < kOwn; u += 2) {
+            for (int u = 0; u < kLaneCandidates; u += 2) {
                 const int i = base + 32 * u + 2 * group.lane();
                 float4 two = {};
                 if (i < n) two = *reinterpret_cast<const float4*>(entries + i);
@@ -158,14 +158,14 @@ __device__ int sum_before(const Group& group, SelectScratch& s, int own, int& al
 // The bin, counted from the top, that holds the `wanted`-th value.
 template <class Group>
 __device__ Cut find_bin(const Group& group, SelectScratch& s, int wanted) {
-    constexpr int kOwn = kBins / Group::kThreads;  // bins of a thread
-    int counts[kOwn], sum = 0, all;
-    const int top = kBins - 1 - group.thread * kOwn;
+    constexpr int kOwnBins = kBins / Group::kThreads;  // bins of a thread
+    int counts[kOwnBins], sum = 0, all;
+    const int top = kBins - 1 - group.thread * kOwnBins;
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) sum += counts[j] = s.histogram[top - j];
+    for (int j = 0; j < kOwnBins; ++j) sum += counts[j] = s.histogram[top - j];
     int before = sum_before(group, s, sum, all);
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
+    for (int j = 0; j < kOwnBins; ++j) {
         if (before < wanted && wanted <= before + counts[j])
             s.found = {static_cast<uint32_t>(top - j), wanted - before, counts[j]};
         before += counts[j];
@@ -183,7 +183,7 @@ __device__ Cut find_cut(const Group& group, SelectScratch& s, const List& list, 
     const auto for_each_value = [&](const auto& f) {
         for_each(group, list, [&](const auto& keys, const auto& entries) {
 #pragma unroll
-            for (int u = 0; u < kOwn; ++u) f(value(keys[u], entries[u].position));
+            for (int u = 0; u < kLaneCandidates; ++u) f(value(keys[u], entries[u].position));
         });
     };
     uint32_t low = ~0u, high = 0;
@@ -242,7 +242,7 @@ __device__ void keep(const Group& group, SelectScratch& s, const List& list, Thr
     const auto members_of = [&](const auto& keys, const auto& entries) {
         uint32_t members = 0;
 #pragma unroll
-        for (int u = 0; u < kOwn; ++u)
+        for (int u = 0; u < kLaneCandidates; ++u)
             members |= static_cast<uint32_t>(belongs(keys[u], entries[u].position, threshold)) << u;
         return members;
     };
@@ -257,7 +257,7 @@ __device__ void keep(const Group& group, SelectScratch& s, const List& list, Thr
         int at = place + inclusive - __popc(members);
         place += __shfl_sync(~0u, inclusive, 31);
 #pragma unroll
-        for (int u = 0; u < kOwn; ++u) {
+        for (int u = 0; u < kLaneCandidates; ++u) {
             if (members >> u & 1) target[at] = entries[u];
             at += members >> u & 1;
         }
@@ -297,7 +297,7 @@ __device__ void write_ascending(const Group& group, SelectScratch& s, const List
         const uint32_t words = shared_address(bitmap);
         for_each(group, list, [&](const auto& keys, const auto& entries) {
 #pragma unroll
-            for (int u = 0; u < kOwn; ++u) {
+            for (int u = 0; u < kLaneCandidates; ++u) {
                 const uint32_t bit = entries[u].position - static_cast<int32_t>(base);
                 shared_or(
                     words + bit / 32 % kBitmapWords * 4, 1u << (bit % 32),

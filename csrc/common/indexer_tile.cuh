@@ -16,6 +16,7 @@
 #pragma once
 
 #include "common/ptx.cuh"
+#include "common/ring.cuh"
 #include "indexer_logits/params.h"
 
 namespace dsa {
@@ -159,17 +160,6 @@ __device__ void init_barriers(ScoreStorage<Shape>& s) {
     __syncthreads();
 }
 
-// Where a warpgroup is in its ring, as its scorers and the loader count it alike.
-template <int kStages>
-struct RingPosition {
-    int stage = 0;
-    uint32_t parity = 0;
-
-    __device__ void advance() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-};
-
 // Some of a run's keys: numbers [first, last) of tiles that lie `step` tiles apart. Warpgroup g
 // takes numbers first + g, first + g + kWarpgroups, ...
 struct TileRange {
@@ -183,7 +173,7 @@ struct TileRange {
 // The loader's side: the tiles of a run, each into the ring of its warpgroup. By one thread.
 template <class Shape>
 struct KeyLoader {
-    RingPosition<Shape::kStages> positions[kWarpgroups];
+    RingPosition positions[kWarpgroups];
 
     __device__ void load(const IndexerScoreParams& p, const CUtensorMap& map,
                          ScoreStorage<Shape>& s, const TokenRun& run, TileRange tiles) {
@@ -192,7 +182,7 @@ struct KeyLoader {
             for (int g = 0; g < kWarpgroups; ++g) {
                 if (round + g >= tiles.last) break;
                 const int key = tiles.key(round + g);
-                RingPosition<Shape::kStages>& at = positions[g];
+                RingPosition& at = positions[g];
                 uint64_t* full = &s.full[g][at.stage];
                 uint8_t* keys = s.keys[g][at.stage];
                 mbarrier_wait(&s.empty[g][at.stage], at.parity ^ 1);
@@ -207,7 +197,7 @@ struct KeyLoader {
                     mbarrier_arrive_expect(full, 2 * Shape::kHalfBytes);
                     tma_load(map, full, keys, 0, run.first_key + key);
                 }
-                at.advance();
+                at.advance(Shape::kStages);
             }
         }
     }
@@ -233,7 +223,7 @@ struct Scorer {
         bool exists;
     };
 
-    RingPosition<Shape::kStages> position;
+    RingPosition position;
     int group, lane, quad, row;
     float weights[kOwn * Shape::kLaneHeads];
 
@@ -288,7 +278,7 @@ struct Scorer {
             wgmma_wait<0>();
             wgmma_pin(odd);
             if (lane == 0) mbarrier_arrive(&s.empty[group][position.stage]);
-            position.advance();
+            position.advance(Shape::kStages);
             consume(sum(odd, now[1], key + kKeys));
             key = next;
         }

