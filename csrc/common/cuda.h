@@ -44,6 +44,35 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
                     "no ", bytes, " bytes of shared memory");
 }
 
+// Lets a kernel run in clusters of 16 blocks; 8 is what every GPU of the kind can do.
+template <class Kernel>
+void allow_large_clusters(Kernel* kernel) {
+    STD_TORCH_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
+                                         1) == cudaSuccess,
+                    "no clusters of 16 blocks");
+}
+
+// Launches kernel(arguments...) in clusters of `cluster` blocks, so that it may start while the
+// kernel before it in the stream ends; it must wait for that one before it reads or writes.
+template <class... Arguments>
+void launch_after(cudaStream_t stream, void (*kernel)(Arguments...), int blocks, int threads,
+                  int shared_bytes, int cluster, const Arguments&... arguments) {
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+    STD_TORCH_CHECK(error == cudaSuccess, "cudaLaunchKernelEx: ", cudaGetErrorString(error));
+}
+
 inline int num_multiprocessors() {
     int device = 0, count = 0;
     cudaGetDevice(&device);

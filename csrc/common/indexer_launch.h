@@ -44,23 +44,22 @@ inline CUtensorMap paged_keys(IndexerScoreParams& p, const Tensor& index_cache,
     p.table_stride = page_table.stride(0);
     p.num_pages = static_cast<int32_t>(index_cache.sizes()[0]);
     p.width = static_cast<int32_t>(page_table.sizes()[1] * kKeys);
-    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(dim), kKeys,
-                                static_cast<cuuint64_t>(p.num_pages)};
-    const cuuint64_t strides[] = {static_cast<cuuint64_t>(dim),
-                                  static_cast<cuuint64_t>(kKeys * (dim + 4))};
-    const cuuint32_t box[] = {static_cast<cuuint32_t>(dim), kKeys, 1};
+    const auto row = static_cast<cuuint64_t>(dim), page = kKeys * (row + 4);
+    const cuuint64_t sizes[] = {row, page / row, static_cast<cuuint64_t>(p.num_pages)};
+    const cuuint64_t strides[] = {row, page};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(row), static_cast<cuuint32_t>(page / row), 1};
     return byte_tensor_map(index_cache.data_ptr(), 3, sizes, strides, box);
 }
 
-// Calls run.operator()<IndexerShape<heads, dim, kPaged>>(); the doors decline other shapes.
-template <bool kPaged, class Run>
+// Calls run.operator()<IndexerShape<heads, dim, kPaged, kFew>>(); the doors decline other shapes.
+template <bool kPaged, bool kFew, class Run>
 void with_indexer_shape(int64_t heads, int64_t dim, const Run& run) {
     const auto with_heads = [&]<int kDim>() {
-        if (heads == 4) return run.template operator()<IndexerShape<4, kDim, kPaged>>();
-        if (heads == 8) return run.template operator()<IndexerShape<8, kDim, kPaged>>();
-        if (heads == 16) return run.template operator()<IndexerShape<16, kDim, kPaged>>();
-        if (heads == 32) return run.template operator()<IndexerShape<32, kDim, kPaged>>();
-        if (heads == 64) return run.template operator()<IndexerShape<64, kDim, kPaged>>();
+        if (heads == 4) return run.template operator()<IndexerShape<4, kDim, kPaged, kFew>>();
+        if (heads == 8) return run.template operator()<IndexerShape<8, kDim, kPaged, kFew>>();
+        if (heads == 16) return run.template operator()<IndexerShape<16, kDim, kPaged, kFew>>();
+        if (heads == 32) return run.template operator()<IndexerShape<32, kDim, kPaged, kFew>>();
+        if (heads == 64) return run.template operator()<IndexerShape<64, kDim, kPaged, kFew>>();
         STD_TORCH_CHECK(false, "q: expected 4, 8, 16, 32 or 64 heads, got ", heads);
     };
     if (dim == 64) return with_heads.template operator()<64>();

@@ -33,18 +33,27 @@ constexpr int kRoundKeys = kTileKeys * kWarpgroups;
 constexpr int kSyncScorers = 1;  // numbers of named barriers; 0 is the whole block's
 constexpr int kSyncWarpgroup = 2;
 
-template <int kHeads_, int kDim_, bool kPaged_>
+// kFew: for sequences with few queries, whose other columns do nothing. There is little to do for
+// each key, so more of them are on their way. It changes no bit: a lane owns the same heads.
+template <int kHeads_, int kDim_, bool kPaged_, bool kFew = false>
 struct IndexerShape {
     static constexpr int kHeads = kHeads_;
     static constexpr int kDim = kDim_;
     static constexpr bool kPaged = kPaged_;
-    static constexpr int kTokens = kHeads <= 16 ? 8 : 128 / kHeads;
+    static constexpr int kTokens = kHeads > 16 ? 128 / kHeads : kFew ? 4 : 8;
     static constexpr int kColumns = kTokens * kHeads;
     static constexpr int kLaneTokens = kTokens >= 4 ? kTokens / 4 : 1;
     static constexpr int kLanesPerToken = kTokens >= 4 ? 1 : 4 / kTokens;
     static constexpr int kLaneHeads = kHeads / kLanesPerToken;
-    static constexpr int kStages = 3;
-    static constexpr int kHalfBytes = kKeys * kDim;  // of a tile
+    static constexpr int kStages = kFew ? (kDim == 64 ? 8 : 5) : 3;
+    // Half a tile as it is loaded: keys, or a page of keys and their scales; on 1024 bytes.
+    static constexpr int kHalfBytes = kKeys * (kPaged ? kDim + 4 : kDim);
+    static constexpr int kHalfStride = (kHalfBytes + 1023) / 1024 * 1024;
+
+    // Where 16 bytes of a row lie after the swizzle.
+    static __device__ int swizzled(int row, int piece) {
+        return row * kDim + 16 * (piece ^ (kDim == 128 ? row % 8 : row / 2 % 4));
+    }
 
     // Of lane `quad` of a quad: its tokens are token(quad, 0) ..., its heads begin at
     // first_head(quad).
@@ -57,8 +66,9 @@ struct IndexerShape {
 // The part of shared memory that scoring needs; aligned to 1024 bytes for the swizzle.
 template <class Shape>
 struct alignas(1024) ScoreStorage {
-    uint8_t keys[kWarpgroups][Shape::kStages][2 * Shape::kHalfBytes];
+    uint8_t keys[kWarpgroups][Shape::kStages][2 * Shape::kHalfStride];
     uint8_t queries[Shape::kColumns * Shape::kDim];
+    bool exists[kWarpgroups][Shape::kStages][2];  // paged: the page of half a tile
     uint64_t full[kWarpgroups][Shape::kStages];
     uint64_t empty[kWarpgroups][Shape::kStages];
     int sequence[Shape::kTokens];   // of each token of the block,
@@ -74,18 +84,28 @@ __device__ Storage& aligned_storage() {
     return *reinterpret_cast<Storage*>(dynamic + (-shared_address(dynamic) & 1023));
 }
 
-// Sequence, first key and number of visible keys of each token of the block; 0 keys if it belongs
-// to no sequence.
+// The last sequence that begins at or before a token, by a warp: 32 places at a time.
+__device__ __forceinline__ int sequence_of(const IndexerScoreParams& p, int token) {
+    const int lane = threadIdx.x % 32;
+    int low = 0;
+    for (int high = p.num_sequences; high - low > 1;) {
+        const int step = (high - low + 31) / 32, probe = low + (lane + 1) * step;
+        const bool begins = probe < high && p.cu_seqlens_q[probe] <= token;
+        low += __popc(__ballot_sync(~0u, begins)) * step;
+        high = min(high, low + step);
+    }
+    return low;
+}
+
+// Sequence, first key and number of visible keys of each token of the block, one warp each; 0 keys
+// if it belongs to no sequence.
 template <class Shape>
 __device__ void find_keys(const IndexerScoreParams& p, ScoreStorage<Shape>& s, int first_token) {
-    if (threadIdx.x >= Shape::kTokens) return;
-    const int token = first_token + threadIdx.x;
+    const int own = threadIdx.x / 32, token = first_token + own;
+    if (own >= Shape::kTokens) return;
     int low = 0, visible = 0, first = 0;
     if (token < p.tokens && p.num_sequences > 0) {
-        for (int high = p.num_sequences; high - low > 1;) {
-            const int middle = (low + high) / 2;
-            (p.cu_seqlens_q[middle] <= token ? low : high) = middle;
-        }
+        low = sequence_of(p, token);
         const int begin = p.cu_seqlens_q[low], end = p.cu_seqlens_q[low + 1];
         int64_t keys;
         if constexpr (Shape::kPaged) {
@@ -98,9 +118,9 @@ __device__ void find_keys(const IndexerScoreParams& p, ScoreStorage<Shape>& s, i
         if (begin <= token && token < end)
             visible = static_cast<int>(max(min(min(seen, keys), int64_t{p.width}), int64_t{0}));
     }
-    s.sequence[threadIdx.x] = low;
-    s.visible[threadIdx.x] = visible;
-    s.first_key[threadIdx.x] = first;
+    s.sequence[own] = low;
+    s.visible[own] = visible;
+    s.first_key[own] = first;
 }
 
 // The tokens of the block that share a sequence with the first pending one.
@@ -141,8 +161,7 @@ __device__ void load_queries(const IndexerScoreParams& p, ScoreStorage<Shape>& s
         if (token < p.tokens)
             value = *reinterpret_cast<const uint4*>(p.q + token * p.q_stride + head * Shape::kDim +
                                                     16 * piece);
-        const int swizzled = piece ^ (Shape::kDim == 128 ? column % 8 : column / 2 % 4);
-        *reinterpret_cast<uint4*>(s.queries + column * Shape::kDim + 16 * swizzled) = value;
+        *reinterpret_cast<uint4*>(s.queries + Shape::swizzled(column, piece)) = value;
     }
     fence_proxy_async();
 }
@@ -170,35 +189,60 @@ struct TileRange {
     __device__ int key(int tile) const { return tile * step * kTileKeys; }
 };
 
-// The loader's side: the tiles of a run, each into the ring of its warpgroup. By one thread.
+// The loader's side, a warp for each warpgroup: the tiles of a run into its ring. The lanes read page
+// numbers ahead.
 template <class Shape>
 struct KeyLoader {
-    RingPosition positions[kWarpgroups];
+    static constexpr int kWindow = 16 * kWarpgroups;  // tiles, of which this warp loads 32 pages
+    const int group = (threadIdx.x - kScoreThreads) / 32;
+    const int lane = threadIdx.x % 32;
+    RingPosition position;
 
     __device__ void load(const IndexerScoreParams& p, const CUtensorMap& map,
                          ScoreStorage<Shape>& s, const TokenRun& run, TileRange tiles) {
-        for (int round = tiles.first; round < tiles.last; round += kWarpgroups) {
-#pragma unroll
-            for (int g = 0; g < kWarpgroups; ++g) {
-                if (round + g >= tiles.last) break;
-                const int key = tiles.key(round + g);
-                RingPosition& at = positions[g];
-                uint64_t* full = &s.full[g][at.stage];
-                uint8_t* keys = s.keys[g][at.stage];
-                mbarrier_wait(&s.empty[g][at.stage], at.parity ^ 1);
-                if constexpr (Shape::kPaged) {  // a page outside the cache is all zeros
-                    const int32_t* pages =
-                        p.page_table + run.sequence * p.table_stride + key / kKeys;
-                    const bool both = key + kKeys < run.keys;
-                    mbarrier_arrive_expect(full, (both ? 2 : 1) * Shape::kHalfBytes);
-                    tma_load(map, full, keys, 0, 0, pages[0]);
-                    if (both) tma_load(map, full, keys + Shape::kHalfBytes, 0, 0, pages[1]);
-                } else {
-                    mbarrier_arrive_expect(full, 2 * Shape::kHalfBytes);
-                    tma_load(map, full, keys, 0, run.first_key + key);
+        int next = own_page(p, run, tiles, tiles.first);
+        for (int window = tiles.first; window < tiles.last; window += kWindow) {
+            const int page = next;
+            next = own_page(p, run, tiles, window + kWindow);
+            const int end = min(window + kWindow, tiles.last);
+            for (int tile = window + group; tile < end; tile += kWarpgroups) {
+                int pages[2] = {};
+                if constexpr (Shape::kPaged) {
+                    pages[0] = __shfl_sync(~0u, page, tile - window - group);
+                    pages[1] = __shfl_sync(~0u, page, tile - window - group + 1);
                 }
-                at.advance(Shape::kStages);
+                if (lane == 0) load_tile(p, map, s, run, tiles.key(tile), pages);
+                position.advance(Shape::kStages);
             }
+        }
+    }
+
+    // Lane l's of the window's pages: half l % 2 of this warp's tile l / 2.
+    __device__ int own_page(const IndexerScoreParams& p, const TokenRun& run, TileRange tiles,
+                            int window) {
+        const int tile = window + lane / 2 * kWarpgroups + group;
+        const int key = tiles.key(tile) + lane % 2 * kKeys;
+        if (!Shape::kPaged || tile >= tiles.last || key >= run.keys) return -1;
+        return p.page_table[run.sequence * p.table_stride + key / kKeys];
+    }
+
+    __device__ void load_tile(const IndexerScoreParams& p, const CUtensorMap& map,
+                              ScoreStorage<Shape>& s, const TokenRun& run, int key,
+                              const int (&pages)[2]) {
+        uint64_t* full = &s.full[group][position.stage];
+        uint8_t* keys = s.keys[group][position.stage];
+        mbarrier_wait(&s.empty[group][position.stage], position.parity ^ 1);
+        if constexpr (Shape::kPaged) {  // a page outside the cache is all zeros
+            const bool both = key + kKeys < run.keys;
+            for (int half = 0; half < 2; ++half)
+                s.exists[group][position.stage][half] =
+                    0 <= pages[half] && pages[half] < p.num_pages;
+            mbarrier_arrive_expect(full, (both ? 2 : 1) * Shape::kHalfBytes);
+            tma_load(map, full, keys, 0, 0, pages[0]);
+            if (both) tma_load(map, full, keys + Shape::kHalfStride, 0, 0, pages[1]);
+        } else {
+            mbarrier_arrive_expect(full, 2 * Shape::kHalfBytes);
+            tma_load(map, full, keys, 0, run.first_key + key);
         }
     }
 };
@@ -252,10 +296,10 @@ struct Scorer {
                           TileRange tiles, const Consume& consume) {
         Products even, odd;
         int key = tiles.key(tiles.first + group) + row;
-        Scales scales[2] = {load_scales(p, run, key), load_scales(p, run, key + kKeys)};
+        Scales ahead[2] = {packed_scales(p, run, key), packed_scales(p, run, key + kKeys)};
         const auto start = [&](Products& products, int half) {
             const uint32_t keys =
-                shared_address(s.keys[group][position.stage]) + half * Shape::kHalfBytes;
+                shared_address(s.keys[group][position.stage]) + half * Shape::kHalfStride;
             const uint32_t queries = shared_address(s.queries);
             wgmma_fence();
 #pragma unroll
@@ -268,35 +312,50 @@ struct Scorer {
             mbarrier_wait(&s.full[group][position.stage], position.parity);
             start(even, 0);
             start(odd, 1);
-            const Scales now[2] = {scales[0], scales[1]};
             const int next = key + tiles.key(kWarpgroups);
-            scales[0] = load_scales(p, run, next);
-            scales[1] = load_scales(p, run, next + kKeys);
+            Scales now[2] = {ahead[0], ahead[1]};
+            if constexpr (Shape::kPaged) {
+                now[0] = paged_scales(s, 0);
+                now[1] = paged_scales(s, 1);
+            } else {
+                ahead[0] = packed_scales(p, run, next);
+                ahead[1] = packed_scales(p, run, next + kKeys);
+            }
             wgmma_wait<1>();
             wgmma_pin(even);
             consume(sum(even, now[0], key));
             wgmma_wait<0>();
             wgmma_pin(odd);
-            if (lane == 0) mbarrier_arrive(&s.empty[group][position.stage]);
-            position.advance(Shape::kStages);
+            // Scales that are read from the tile have come when they are used, not before.
+            if (!Shape::kPaged) release(s);
             consume(sum(odd, now[1], key + kKeys));
+            if (Shape::kPaged) release(s);
             key = next;
         }
     }
 
-    __device__ Scales load_scales(const IndexerScoreParams& p, const TokenRun& run, int key) {
-        bool exists = true;
-        int64_t first = int64_t{run.first_key} + key;
-        if constexpr (Shape::kPaged) {
-            constexpr int kPageFloats = kKeys * (Shape::kDim + 4) / 4;
-            const int page =
-                key < run.keys ? p.page_table[run.sequence * p.table_stride + key / kKeys] : -1;
-            exists = 0 <= page && page < p.num_pages;
-            first = int64_t{page} * kPageFloats + kKeys * Shape::kDim / 4 + row;
-        }
-        return {{exists && key < run.keys ? p.key_scale[first] : 0.0f,
-                 exists && key + 8 < run.keys ? p.key_scale[first + 8] : 0.0f},
-                exists};
+    // Gives the tile back to the loader.
+    __device__ void release(ScoreStorage<Shape>& s) {
+        if (lane == 0) mbarrier_arrive(&s.empty[group][position.stage]);
+        position.advance(Shape::kStages);
+    }
+
+    __device__ Scales packed_scales(const IndexerScoreParams& p, const TokenRun& run, int key) {
+        const float* scale = p.key_scale + run.first_key + key;
+        return {{!Shape::kPaged && key < run.keys ? scale[0] : 0.0f,
+                 !Shape::kPaged && key + 8 < run.keys ? scale[8] : 0.0f},
+                true};
+    }
+
+    // The scales lie behind the keys of the page, as further rows of it.
+    __device__ Scales paged_scales(const ScoreStorage<Shape>& s, int half) {
+        const uint8_t* page = s.keys[group][position.stage] + half * Shape::kHalfStride;
+        const auto scale = [&](int key) {
+            const int byte = kKeys * Shape::kDim + 4 * key, in_row = byte % Shape::kDim;
+            return *reinterpret_cast<const float*>(
+                page + Shape::swizzled(byte / Shape::kDim, in_row / 16) + in_row % 16);
+        };
+        return {{scale(row), scale(row + 8)}, s.exists[group][position.stage][half]};
     }
 
     // The weighted sums over heads of one half.

@@ -31,6 +31,48 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// 9.7.13.4 barrier.cluster: all threads of the cluster meet; between arrival and wait they need not
+// stand still.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// 10: this block's place in its cluster, and the cluster's size.
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ int cluster_size() {
+    int size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+
+// 9.7.9.23 mapa and 9.7.9.8 ld: two words of the shared memory of block `rank` of the cluster, where
+// this block has `words`.
+__device__ __forceinline__ uint2 cluster_load(const uint32_t* words, int rank) {
+    uint2 value;
+    asm volatile(
+        "{ .reg .b32 address; mapa.shared::cluster.u32 address, %2, %3; "
+        "ld.shared::cluster.v2.u32 {%0, %1}, [address]; }"
+        : "=r"(value.x), "=r"(value.y)
+        : "r"(shared_address(words)), "r"(rank)
+        : "memory");
+    return value;
+}
+
+// 9.7.13.13 griddepcontrol.wait: until the kernels before this one, if it was launched to start
+// before their end, are over and what they wrote can be read.
+__device__ __forceinline__ void wait_for_kernels_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // 9.7.13.15 mbarrier.init and the fence that shows it to the asynchronous proxy.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -179,6 +221,17 @@ __device__ __forceinline__ float max_nan(float x, float y) {
 // 9.7.15.5 wgmma.mma_async: d[64 x N] = a[64 x 32] b[N x 32]^T, plus d where `add`; e4m3, fp32
 // sums. Thread 32 w + l holds of row 16 w + l / 4 the columns 8 j + 2 (l % 4) + {0, 1} in d[4 j +
 // {0, 1}], of row 16 w + l / 4 + 8 in the next two.
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[8], uint64_t a, uint64_t b, int add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %10, 0; "
+        "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 { "
+        "%0, %1, %2, %3, %4, %5, %6, %7 }, "
+        "%8, %9, p, 1, 1; }"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+          "+f"(d[7])
+        : "l"(a), "l"(b), "r"(add));
+}
+
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[16], uint64_t a, uint64_t b, int add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %18, 0; "

@@ -15,6 +15,7 @@ struct IndexerScoreParams {
     int64_t q_stride;
     int64_t weight_stride;
     int64_t table_stride;
+    int32_t first_token;  // tokens [first_token, tokens) are scored
     int32_t tokens;
     int32_t num_sequences;
     int32_t num_keys;   // packed: L
@@ -23,8 +24,10 @@ struct IndexerScoreParams {
 };
 
 struct IndexerLogitsParams : IndexerScoreParams {
-    float* out;  // [T, width], row stride `out_stride`
+    float* out;  // [tokens, width], row stride `out_stride`, from first_token on
     int64_t out_stride;
+    int32_t* visible;     // null: -inf behind the last visible key; or [tokens]: their number, for
+    int32_t unscored;     // which rows of at most so many are left out
     int32_t key_blocks;  // a block of tokens is this many blocks of the grid,
     int32_t key_rounds;  // each of that many rounds of 256 keys
 };

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/indexer_launch.h"
+#include "indexer_logits/launch.h"
 #include "indexer_logits/sm90.cuh"
 
 namespace dsa {
@@ -11,33 +12,43 @@ constexpr int kMostRounds = 64;  // 16384 keys a block: 2% of its time goes into
 
 template <class Shape>
 void launch(IndexerLogitsParams& p, const CUtensorMap& map, cudaStream_t stream) {
-    const int64_t token_blocks = (p.tokens + Shape::kTokens - 1) / Shape::kTokens;
+    const int64_t token_blocks = (p.tokens - p.first_token + Shape::kTokens - 1) / Shape::kTokens;
     const int64_t rounds = (p.width + kRoundKeys - 1) / kRoundKeys;
-    // blocks a row, so that every SM has work
-    const int64_t wanted = 2 * num_multiprocessors() / token_blocks + 1;
-    p.key_rounds = static_cast<int32_t>(std::clamp<int64_t>(rounds / wanted, 1, kMostRounds));
+    // Few tokens share the SMs in one wave.
+    const int64_t multiprocessors = num_multiprocessors();
+    const int64_t wanted = (rounds * token_blocks + multiprocessors - 1) / multiprocessors;
+    p.key_rounds = static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, kMostRounds));
     p.key_blocks = static_cast<int32_t>((rounds + p.key_rounds - 1) / p.key_rounds);
     constexpr int kSharedBytes = sizeof(ScoreStorage<Shape>) + 1024;
     allow_shared_memory(indexer_logits_kernel<Shape>, kSharedBytes);
-    indexer_logits_kernel<Shape>
-        <<<token_blocks * p.key_blocks, kIndexerThreads, kSharedBytes, stream>>>(map, p);
-    check_launch("indexer_logits_kernel");
+    launch_after(stream, indexer_logits_kernel<Shape>, token_blocks * p.key_blocks, kIndexerThreads,
+                 kSharedBytes, 1, map, p);
 }
 
-template <bool kPaged>
-Tensor logits(IndexerLogitsParams& p, const CUtensorMap& map, const Tensor& q) {
+Tensor logits(IndexerLogitsParams& p, const CUtensorMap& map, bool paged, const Tensor& q) {
     Tensor out = torch::stable::new_empty(q, {q.sizes()[0], p.width}, ScalarType::Float);
-    if (p.tokens == 0 || p.width == 0) return out;
     p.out = static_cast<float*>(out.data_ptr());
     p.out_stride = p.width;
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-    const cudaStream_t stream = current_stream(q);
-    with_indexer_shape<kPaged>(q.sizes()[1], q.sizes()[2],
-                               [&]<class Shape>() { launch<Shape>(p, map, stream); });
+    score_tokens(p, map, paged, q.sizes()[1], q.sizes()[2], current_stream(q));
     return out;
 }
 
 }  // namespace
+
+void score_tokens(IndexerLogitsParams& p, const CUtensorMap& map, bool paged, int64_t heads,
+                  int64_t dim, cudaStream_t stream) {
+    if (p.tokens == p.first_token || p.width == 0) return;
+    const bool few = p.tokens <= int64_t{4} * p.num_sequences;
+    const auto run = [&]<class Shape>() { launch<Shape>(p, map, stream); };
+    if (paged) {
+        few ? with_indexer_shape<true, true>(heads, dim, run)
+            : with_indexer_shape<true, false>(heads, dim, run);
+    } else {
+        few ? with_indexer_shape<false, true>(heads, dim, run)
+            : with_indexer_shape<false, false>(heads, dim, run);
+    }
+}
 
 Tensor indexer_logits(const Tensor& q, const Tensor& weights, const Tensor& k,
                       const Tensor& k_scale, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
@@ -45,7 +56,7 @@ Tensor indexer_logits(const Tensor& q, const Tensor& weights, const Tensor& k,
     IndexerLogitsParams p{};
     set_queries(p, q, weights, cu_seqlens_q);
     const CUtensorMap map = packed_keys(p, k, k_scale, cu_seqlens_k, max_seqlen_k);
-    return logits<false>(p, map, q);
+    return logits(p, map, false, q);
 }
 
 Tensor indexer_logits_paged(const Tensor& q, const Tensor& weights, const Tensor& index_cache,
@@ -54,7 +65,7 @@ Tensor indexer_logits_paged(const Tensor& q, const Tensor& weights, const Tensor
     IndexerLogitsParams p{};
     set_queries(p, q, weights, cu_seqlens_q);
     const CUtensorMap map = paged_keys(p, index_cache, page_table, lengths, q.sizes()[2]);
-    return logits<true>(p, map, q);
+    return logits(p, map, true, q);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsa_kernels_cuda, CUDA, m) {

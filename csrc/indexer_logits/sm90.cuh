@@ -12,28 +12,41 @@
 
 namespace dsa {
 
+// -inf for those of keys [begin, end) that a token does not see, by all scorers.
+template <class Shape>
+__device__ void fill_unseen(const IndexerLogitsParams& p, const ScoreStorage<Shape>& s, float* out,
+                            int first_token, int64_t begin, int64_t end) {
+    for (int t = 0; t < Shape::kTokens && first_token + t < p.tokens; ++t, out += p.out_stride) {
+        const int64_t unseen = max(int64_t{s.visible[t]}, begin);
+        for (int64_t key = unseen + threadIdx.x; key < min(end, int64_t{p.width});
+             key += kScoreThreads)
+            out[key] = -INFINITY;
+    }
+}
+
 template <class Shape>
 __global__ void __launch_bounds__(kIndexerThreads, 1)
     indexer_logits_kernel(const __grid_constant__ CUtensorMap map, const IndexerLogitsParams p) {
     auto& s = aligned_storage<ScoreStorage<Shape>>();
-    const int first_token = blockIdx.x / p.key_blocks * Shape::kTokens;
+    const int first_token = p.first_token + blockIdx.x / p.key_blocks * Shape::kTokens;
     const int key_block = blockIdx.x % p.key_blocks;
     const int first_tile = key_block * p.key_rounds * kWarpgroups;
     const int end_tile = first_tile + p.key_rounds * kWarpgroups;
     init_barriers(s);
+    wait_for_kernels_before();
     find_keys(p, s, first_token);
     __syncthreads();
 
     uint32_t scored = 0;
 #pragma unroll
     for (int t = 0; t < Shape::kTokens; ++t)
-        if (s.visible[t] > first_tile * kTileKeys) scored |= 1u << t;
+        if (s.visible[t] > max(first_tile * kTileKeys, p.unscored)) scored |= 1u << t;
     const auto tiles = [&](const TokenRun& run) {
         return TileRange{first_tile, min(end_tile, run.tiles())};
     };
     if (threadIdx.x >= kScoreThreads) {
         give_registers_back<kLoaderRegisters>();
-        if (threadIdx.x == kScoreThreads) {
+        if (threadIdx.x < kScoreThreads + 32 * kWarpgroups) {
             KeyLoader<Shape> loader;
             while (scored != 0) {
                 const TokenRun run = next_run(s, scored);
@@ -43,12 +56,14 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
         }
     } else {
         take_registers<kScorerRegisters>();
-        const int64_t end = min(int64_t{end_tile} * kTileKeys, int64_t{p.width});
-        for (int t = 0; t < Shape::kTokens && first_token + t < p.tokens; ++t) {
-            float* row = p.out + (first_token + t) * p.out_stride;
-            const int64_t unseen = max(s.visible[t], first_tile * kTileKeys);
-            for (int64_t key = unseen + threadIdx.x; key < end; key += kScoreThreads)
-                row[key] = -INFINITY;
+        float* out = p.out + (first_token - p.first_token) * p.out_stride;
+        if (p.visible == nullptr) {
+            fill_unseen(p, s, out, first_token, int64_t{first_tile} * kTileKeys,
+                        int64_t{end_tile} * kTileKeys);
+        } else if (key_block == 0) {
+            for (int t = threadIdx.x; t < Shape::kTokens && first_token + t < p.tokens;
+                 t += kScoreThreads)
+                p.visible[first_token - p.first_token + t] = s.visible[t];
         }
         if (scored == 0) return;
         load_queries(p, s, first_token);
@@ -66,7 +81,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                 const bool mine =
                     run.tokens >> token & 1 && scorer.quad % Shape::kLanesPerToken == 0;
                 seen[a] = mine ? s.visible[token] : 0;
-                row[a] = p.out + (first_token + token) * p.out_stride;
+                row[a] = out + token * p.out_stride;
             }
             scorer.score(p, s, run, tiles(run), [&](const auto& scores) {
 #pragma unroll

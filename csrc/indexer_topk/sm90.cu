@@ -1,8 +1,13 @@
-// indexer_topk on Hopper, the launches; the kernel is in sm90.cuh.
+// indexer_topk on Hopper, the launches. Where many tokens see many keys one kernel scores and selects
+// (sm90.cuh). Few tokens leave its blocks without work, and for few keys its selection is most of the
+// time: there the kernels of indexer_logits and topk_select follow each other, for as many tokens at a
+// time as have room for their scores in the workspace.
 #include <algorithm>
 
 #include "common/indexer_launch.h"
+#include "indexer_logits/launch.h"
 #include "indexer_topk/sm90.cuh"
+#include "topk_select/launch.h"
 
 namespace dsa {
 namespace {
@@ -35,16 +40,63 @@ void launch(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& like, cu
     check_launch("indexer_topk_kernel");
 }
 
-template <bool kPaged>
-Tensor select(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& q, int64_t topk) {
+// How many tokens' scores have room in the workspace.
+int64_t tokens_at_once(const IndexerTopkParams& p) {
+    return kWorkspaceBytes / (sizeof(float) * (int64_t{p.width} + 1));
+}
+
+// The shorter of two times in us, as an H200 takes them at 16 heads x 64: a share of each score, or
+// waves of blocks that each select for 8 tokens and walk the keys.
+bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
+    const int64_t wave = num_multiprocessors() * (heads <= 16 ? 8 : 128 / heads);
+    const double waves = static_cast<double>((p.tokens + wave - 1) / wave);
+    const double two_steps = 1.05e-5 * p.tokens * p.width;
+    return tokens_at_once(p) > 0 && two_steps < waves * (130 + 4.3e-3 * p.width);
+}
+
+void score_then_select(const IndexerTopkParams& p, const CUtensorMap& map, bool paged,
+                       const Tensor& q, cudaStream_t stream) {
+    const int64_t at_once = std::min<int64_t>(tokens_at_once(p), p.tokens);
+    Tensor scores = torch::stable::new_empty(q, {at_once, p.width}, ScalarType::Float);
+    Tensor visible = torch::stable::new_empty(q, {at_once}, ScalarType::Int);
+    IndexerLogitsParams score{p};
+    score.out = static_cast<float*>(scores.data_ptr());
+    score.out_stride = p.width;
+    score.visible = static_cast<int32_t*>(visible.data_ptr());
+    score.unscored = p.topk;
+    TopkSelectParams choose{
+        .scores = scores.data_ptr(),
+        .lengths = score.visible,
+        .row_stride = p.width,
+        .width = p.width,
+        .topk = p.topk,
+    };
+    for (int64_t first = 0; first < p.tokens; first += at_once) {
+        score.first_token = static_cast<int32_t>(first);
+        score.tokens = static_cast<int32_t>(std::min(first + at_once, int64_t{p.tokens}));
+        choose.indices = p.indices + first * p.topk;
+        choose.rows = score.tokens - score.first_token;
+        score_tokens(score, map, paged, q.sizes()[1], q.sizes()[2], stream);
+        select_rows(choose, ScoreType::kFloat, stream);
+    }
+}
+
+Tensor select(IndexerTopkParams& p, const CUtensorMap& map, bool paged, const Tensor& q,
+              int64_t topk) {
     Tensor indices = torch::stable::new_empty(q, {q.sizes()[0], topk}, ScalarType::Int);
     if (p.tokens == 0) return indices;
     p.indices = static_cast<int32_t*>(indices.data_ptr());
     p.topk = static_cast<int32_t>(topk);
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     const cudaStream_t stream = current_stream(q);
-    with_indexer_shape<kPaged>(q.sizes()[1], q.sizes()[2],
-                               [&]<class Shape>() { launch<Shape>(p, map, q, stream); });
+    const auto run = [&]<class Shape>() { launch<Shape>(p, map, q, stream); };
+    if (in_two_steps(p, q.sizes()[1])) {
+        score_then_select(p, map, paged, q, stream);
+    } else if (paged) {
+        with_indexer_shape<true, false>(q.sizes()[1], q.sizes()[2], run);
+    } else {
+        with_indexer_shape<false, false>(q.sizes()[1], q.sizes()[2], run);
+    }
     return indices;
 }
 
@@ -56,7 +108,7 @@ Tensor indexer_topk(const Tensor& q, const Tensor& weights, const Tensor& k, con
     IndexerTopkParams p{};
     set_queries(p, q, weights, cu_seqlens_q);
     const CUtensorMap map = packed_keys(p, k, k_scale, cu_seqlens_k, max_seqlen_k);
-    return select<false>(p, map, q, topk);
+    return select(p, map, false, q, topk);
 }
 
 Tensor indexer_topk_paged(const Tensor& q, const Tensor& weights, const Tensor& index_cache,
@@ -65,7 +117,7 @@ Tensor indexer_topk_paged(const Tensor& q, const Tensor& weights, const Tensor& 
     IndexerTopkParams p{};
     set_queries(p, q, weights, cu_seqlens_q);
     const CUtensorMap map = paged_keys(p, index_cache, page_table, lengths, q.sizes()[2]);
-    return select<true>(p, map, q, topk);
+    return select(p, map, true, q, topk);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsa_kernels_cuda, CUDA, m) {

@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                 const TokenRun run = next_run(s.score, scored);
                 scored &= ~run.tokens;
                 const RunPlan plan(p, run);
-                const bool loads = threadIdx.x == kScoreThreads;
+                const bool loads = threadIdx.x < kScoreThreads + 32 * kWarpgroups;
                 if (loads) {
                     loader.load(p, map, s.score, run, plan.sample);
                     loader.load(p, map, s.score, run, plan.all);

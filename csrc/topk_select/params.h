@@ -1,4 +1,4 @@
-// What crosses from the launch of topk_select to its kernel.
+// What crosses from the launch of topk_select to its kernels.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,11 @@ struct TopkSelectParams {
     const int32_t* lengths;  // [rows] or null: columns of the row
     int32_t* indices;        // [rows, topk]
     int64_t row_stride;
+    int32_t rows;
     int32_t width;
     int32_t topk;
-    int32_t front_pieces;  // of the list, each of the two fronts: room for topk
-    int32_t stages;        // of the ring
+    int32_t front_pieces;  // streamed: of the list, each of the two fronts: room for topk
+    int32_t stages;        // streamed: of the ring
 };
 
 }  // namespace dsa

@@ -144,6 +144,5 @@ _paged_op = register(
     room=__name__,
     check=_check_paged,
     fake=_fake,
-    # Few queries and many keys: the CUDA kernel does not split the keys of a token over blocks.
-    table=[TRITON, CUDA, CPU, REFERENCE],
+    table=[CUDA, TRITON, CPU, REFERENCE],
 )
