@@ -1,4 +1,4 @@
-"""python -m bench [op ...] [--device cpu|cuda] [--quick] [--seconds S] [--json FILE] [--plot DIR]
+"""python -m bench [op ...] [--device cpu|cuda] [--quick] [--case TEXT] [--seconds S] [--json FILE] [--plot DIR]
 
 Measures every case of the ops (bench/<op>.py) on one device and prints a table per op; `python -m bench roofline`
 prints the machine's ceilings instead. Exits with 1 if one of our outputs was wrong or one of our calls failed.
@@ -45,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     cases = {op: make(device) for op, make in found.items() if op in (args.ops or found)}
     if args.quick:
         cases = {op: [case for case in rows if case.quick] for op, rows in cases.items()}
+    if args.case:
+        cases = {
+            op: [case for case in rows if args.case in case.name] for op, rows in cases.items()
+        }
     where = report.environment(device)
     console.print(", ".join(f"{key} {value}" for key, value in where.items() if value))
     ceilings = roofline.measure(device)
@@ -74,6 +78,7 @@ def parse(argv: list[str] | None, ops: list[str]) -> argparse.Namespace:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=best, help=f"cpu, cuda, cuda:1 ... (here: {best})")
     parser.add_argument("--quick", action="store_true", help="quick cases only, in minutes")
+    parser.add_argument("--case", metavar="TEXT", help="only cases whose name holds this")
     parser.add_argument("--seconds", type=float, help="of timing for one case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line per case")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write one PNG per op")

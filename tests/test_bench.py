@@ -107,6 +107,11 @@ def test_wrong_output_prints_no_speed(bench, capsys, ours, reason):
     assert len(rows) == 1 and rows[0].startswith("no speed: double bad") and reason in rows[0]
 
 
+def test_case_argument(bench):
+    ops = {"one": [invented("a 1"), invented("a 2")], "two": [invented("b 1")]}
+    assert [entry["case"] for entry in bench(ops, "--case", " 1")[1]] == ["a 1", "b 1"]
+
+
 def test_quick_and_op_arguments(bench, capsys):
     ops = {"one": [invented("a"), invented("b", quick=False)], "two": [invented("c")]}
     assert [entry["case"] for entry in bench(ops, "--quick", "one")[1]] == ["a"]

@@ -40,14 +40,33 @@ def test_long_rows(tier, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copies", [1, 8])
 @pytest.mark.parametrize("width, topk", [(9000, 2048), (20_000, 5), (131_072, 4096)])
-def test_rows_that_defeat_a_guess(tier, width, topk, dtype):
+def test_rows_that_defeat_a_guess(tier, width, topk, copies, dtype):
+    """Few of them, which CUDA keeps in shared memory, and so many that long ones stream through it."""
+    if copies > 1 and tier.name != "cuda":
+        pytest.skip("only CUDA has a design for many rows")
     if tier.interpreted:
         width, topk = width // 10, topk // 10 + 1
-    scores = torch.cat([hard_rows(width), deceptive_rows(width)]).to(tier.device, dtype)
+    scores = torch.cat([hard_rows(width), deceptive_rows(width)] * copies).to(tier.device, dtype)
     with tier:
         indices = dsa_kernels.topk_select(scores, topk)
     torch.testing.assert_close(indices, reference(scores, topk, None, None), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("rows, width", [(1500, 32_768), (3000, 4096), (20, 70_001), (3, 450_000)])
+def test_every_row_of_many(name, rows, width):
+    """More rows than run at a time, of different lengths, again and again: all of them right, every time."""
+    scores = torch.randn(rows, width, device="cuda")
+    lengths = torch.randint(width // 2, width, (rows,), dtype=torch.int32, device="cuda")
+    starts = torch.randint(0, 9, (rows,), dtype=torch.int32, device="cuda")
+    expected = reference(scores, 2048, starts, lengths)
+    with dsa_kernels.use(name):
+        for _ in range(10):
+            indices = dsa_kernels.topk_select(scores, 2048, starts=starts, lengths=lengths)
+            assert torch.equal(indices, expected)
 
 
 def test_large_topk(tier):

@@ -189,8 +189,8 @@ struct TileRange {
     __device__ int key(int tile) const { return tile * step * kTileKeys; }
 };
 
-// The loader's side, a warp for each warpgroup: the tiles of a run into its ring. The lanes read page
-// numbers ahead.
+// The loader's side, a warp for each warpgroup: the tiles of a run into its ring. The lanes read
+// page numbers ahead.
 template <class Shape>
 struct KeyLoader {
     static constexpr int kWindow = 16 * kWarpgroups;  // tiles, of which this warp loads 32 pages

@@ -54,8 +54,8 @@ __device__ __forceinline__ int cluster_size() {
     return size;
 }
 
-// 9.7.9.23 mapa and 9.7.9.8 ld: two words of the shared memory of block `rank` of the cluster, where
-// this block has `words`.
+// 9.7.9.23 mapa and 9.7.9.8 ld: two words of the shared memory of block `rank` of the cluster,
+// where this block has `words`.
 __device__ __forceinline__ uint2 cluster_load(const uint32_t* words, int rank) {
     uint2 value;
     asm volatile(

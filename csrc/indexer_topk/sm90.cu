@@ -1,7 +1,7 @@
-// indexer_topk on Hopper, the launches. Where many tokens see many keys one kernel scores and selects
-// (sm90.cuh). Few tokens leave its blocks without work, and for few keys its selection is most of the
-// time: there the kernels of indexer_logits and topk_select follow each other, for as many tokens at a
-// time as have room for their scores in the workspace.
+// indexer_topk on Hopper, the launches. Where many tokens see many keys one kernel scores and
+// selects (sm90.cuh). Few tokens leave its blocks without work, and for few keys its selection is
+// most of the time: there the kernels of indexer_logits and topk_select follow each other, for as
+// many tokens at a time as have room for their scores in the workspace.
 #include <algorithm>
 
 #include "common/indexer_launch.h"
@@ -45,12 +45,12 @@ int64_t tokens_at_once(const IndexerTopkParams& p) {
     return kWorkspaceBytes / (sizeof(float) * (int64_t{p.width} + 1));
 }
 
-// The shorter of two times in us, as an H200 takes them at 16 heads x 64: a share of each score, or
-// waves of blocks that each select for 8 tokens and walk the keys.
+// The shorter of two times in us, as an H200 takes them: a score and its share of a selection for
+// each pair, or waves of blocks that walk the keys and select for their tokens.
 bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
-    const int64_t wave = num_multiprocessors() * (heads <= 16 ? 8 : 128 / heads);
+    const int64_t block = heads <= 16 ? 8 : 128 / heads, wave = num_multiprocessors() * block;
     const double waves = static_cast<double>((p.tokens + wave - 1) / wave);
-    const double two_steps = 1.05e-5 * p.tokens * p.width;
+    const double two_steps = (0.6e-5 + 3.6e-5 / block) * p.tokens * p.width;
     return tokens_at_once(p) > 0 && two_steps < waves * (130 + 4.3e-3 * p.width);
 }
 

@@ -10,8 +10,8 @@
 // equal the cut included, and writes its own in order: no sort, no list, no case that costs more
 // than another. (Equal counts in one bin are one instruction: equal scores do not queue up.)
 //
-// Bound by latency for few rows (seven meetings of the cluster or the block), by instructions, about
-// 30 for 32 columns, for many short ones.
+// Bound by latency for few rows (seven meetings of the cluster or the block), by instructions,
+// about 30 for 32 columns, for many short ones.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,8 +25,8 @@ namespace dsa {
 
 constexpr int kResidentThreads = 512;
 constexpr int kResidentWarps = kResidentThreads / 32;
-constexpr int kMostBlocks = 16;            // of a cluster
-constexpr int kSliceColumns = 2048;       // the columns of a block are a multiple
+constexpr int kMostBlocks = 16;      // of a cluster
+constexpr int kSliceColumns = 2048;  // the columns of a block are a multiple
 constexpr int kDigits = 3, kDigitBits = 11;
 constexpr int kDigitBins = 1 << kDigitBits;
 constexpr int kBinGroups = kDigitBins / 32;
@@ -48,7 +48,7 @@ struct alignas(16) ResidentStorage {
     Histogram digits[kDigits];
     uint32_t all_members[2];              // keys before the cut, keys equal to it,
     uint32_t members[kResidentWarps][2];  // and the same of each warp
-    alignas(16) uint32_t keys[];  // of the block's columns
+    alignas(16) uint32_t keys[];          // of the block's columns
 };
 
 template <typename T>
@@ -171,8 +171,8 @@ struct Resident {
         const int first = own.x, both = own.x + own.y;
         const int rest = wanted - (sum_up_to(group, both) - both);  // wanted of this lane and later
         const uint32_t here = __ballot_sync(~0u, 0 < rest && rest <= both);
-        const Bin bin = rest <= first ? Bin{2u * group.lane(), rest}
-                                      : Bin{2u * group.lane() + 1, rest - first};
+        const Bin bin =
+            rest <= first ? Bin{2u * group.lane(), rest} : Bin{2u * group.lane() + 1, rest - first};
         const int source = __ffs(here) - 1;
         return {__shfl_sync(~0u, bin.value, source), __shfl_sync(~0u, bin.wanted, source)};
     }

@@ -28,9 +28,9 @@ int64_t resident_bytes(int64_t width, int blocks) {
 int blocks_of_row(const TopkSelectParams& p) {
     const int multiprocessors = num_multiprocessors();
     int blocks = 1;
-    while (blocks < kMostBlocks &&
-           (resident_bytes(p.width, blocks) > kMostSharedBytes ||
-            (int64_t{p.rows} * 2 * blocks <= multiprocessors && slice_columns(p.width, blocks) > 4096)))
+    while (blocks < kMostBlocks && (resident_bytes(p.width, blocks) > kMostSharedBytes ||
+                                    (int64_t{p.rows} * 2 * blocks <= multiprocessors &&
+                                     slice_columns(p.width, blocks) > 4096)))
         blocks *= 2;
     const bool fits = resident_bytes(p.width, blocks) <= kMostSharedBytes;
     const bool one_wave = int64_t{p.rows} * blocks <= multiprocessors;

@@ -211,7 +211,8 @@ struct Scanner {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) topk_select_streamed_kernel(const TopkSelectParams p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    topk_select_streamed_kernel(const TopkSelectParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
     Storage& s = *reinterpret_cast<Storage*>(shared);
     wait_for_kernels_before();
