@@ -27,14 +27,14 @@ constexpr int kWarpgroups = 2;
 constexpr int kScoreThreads = 128 * kWarpgroups;
 constexpr int kIndexerThreads =
     kScoreThreads + 128;  // one more warpgroup, of which one thread loads
-constexpr int kScorerRegisters = 232, kLoaderRegisters = 40;  // of 168 at the start
 constexpr int kRoundKeys = kTileKeys * kWarpgroups;
 
 constexpr int kSyncScorers = 1;  // numbers of named barriers; 0 is the whole block's
 constexpr int kSyncWarpgroup = 2;
 
 // kFew: for sequences with few queries, whose other columns do nothing. There is little to do for
-// each key, so more of them are on their way. It changes no bit: a lane owns the same heads.
+// each key, so more of them are on their way, and up to 16 heads two blocks share an SM. It changes
+// no bit: a lane owns the same heads.
 template <int kHeads_, int kDim_, bool kPaged_, bool kFew = false>
 struct IndexerShape {
     static constexpr int kHeads = kHeads_;
@@ -45,7 +45,11 @@ struct IndexerShape {
     static constexpr int kLaneTokens = kTokens >= 4 ? kTokens / 4 : 1;
     static constexpr int kLanesPerToken = kTokens >= 4 ? 1 : 4 / kTokens;
     static constexpr int kLaneHeads = kHeads / kLanesPerToken;
-    static constexpr int kStages = kFew ? (kDim == 64 ? 8 : 5) : 3;
+    static constexpr int kBlocks = kFew && kHeads <= 16 ? 2 : 1;  // on an SM
+    static constexpr int kStages = kBlocks == 2 ? 256 / kDim : kFew ? 640 / kDim : 3;
+    // Registers of a thread, of 80 or 168 at the start.
+    static constexpr int kScorerRegisters = kBlocks == 2 ? 104 : 232;
+    static constexpr int kLoaderRegisters = kBlocks == 2 ? 32 : 40;
     // Half a tile as it is loaded: keys, or a page of keys and their scales; on 1024 bytes.
     static constexpr int kHalfBytes = kKeys * (kPaged ? kDim + 4 : kDim);
     static constexpr int kHalfStride = (kHalfBytes + 1023) / 1024 * 1024;
@@ -294,7 +298,9 @@ struct Scorer {
     template <class Consume>
     __device__ void score(const IndexerScoreParams& p, ScoreStorage<Shape>& s, const TokenRun& run,
                           TileRange tiles, const Consume& consume) {
-        Products even, odd;
+        constexpr bool kApart = Shape::kBlocks > 1;  // other blocks overlap; saves registers
+        Products even, other;
+        Products& odd = kApart ? even : other;
         int key = tiles.key(tiles.first + group) + row;
         Scales ahead[2] = {packed_scales(p, run, key), packed_scales(p, run, key + kKeys)};
         const auto start = [&](Products& products, int half) {
@@ -311,7 +317,7 @@ struct Scorer {
         for (int tile = tiles.first + group; tile < tiles.last; tile += kWarpgroups) {
             mbarrier_wait(&s.full[group][position.stage], position.parity);
             start(even, 0);
-            start(odd, 1);
+            if (!kApart) start(odd, 1);
             const int next = key + tiles.key(kWarpgroups);
             Scales now[2] = {ahead[0], ahead[1]};
             if constexpr (Shape::kPaged) {
@@ -321,21 +327,24 @@ struct Scorer {
                 ahead[0] = packed_scales(p, run, next);
                 ahead[1] = packed_scales(p, run, next + kKeys);
             }
-            wgmma_wait<1>();
+            wgmma_wait<kApart ? 0 : 1>();
             wgmma_pin(even);
             consume(sum(even, now[0], key));
+            if (kApart) start(odd, 1);
             wgmma_wait<0>();
             wgmma_pin(odd);
-            // Scales that are read from the tile have come when they are used, not before.
-            if (!Shape::kPaged) release(s);
+            release(s);
             consume(sum(odd, now[1], key + kKeys));
-            if (Shape::kPaged) release(s);
             key = next;
         }
     }
 
-    // Gives the tile back to the loader.
+    // Gives the tile back to the loader: the products are done, the scales are read.
     __device__ void release(ScoreStorage<Shape>& s) {
+        if constexpr (Shape::kPaged) {
+            fence_proxy_async();
+            __syncwarp();
+        }
         if (lane == 0) mbarrier_arrive(&s.empty[group][position.stage]);
         position.advance(Shape::kStages);
     }

@@ -109,7 +109,8 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
     } while (!done);
 }
 
-// 9.7.13.4 membar: shared memory written by ordinary stores, before wgmma or TMA reads it.
+// 9.7.13.4 membar: shared memory written by ordinary stores, before wgmma or TMA reads it; or read
+// by ordinary loads, before TMA writes it.
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -271,7 +271,7 @@ __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Sc
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(kIndexerThreads, 1)
+__global__ void __launch_bounds__(kIndexerThreads, Shape::kBlocks)
     indexer_topk_kernel(const __grid_constant__ CUtensorMap map, const IndexerTopkParams p) {
     auto& s = aligned_storage<TopkStorage<Shape>>();
     init_barriers(s.score);
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
     int first_token;
     uint32_t scored;
     if (threadIdx.x >= kScoreThreads) {
-        give_registers_back<kLoaderRegisters>();
+        give_registers_back<Shape::kLoaderRegisters>();
         KeyLoader<Shape> loader;
         while (next_tokens(first_token, scored)) {
             while (scored != 0) {
@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
             }
         }
     } else {
-        take_registers<kScorerRegisters>();
+        take_registers<Shape::kScorerRegisters>();
         Scorer<Shape> scorer;
         while (next_tokens(first_token, scored)) {
             for (int t = 0; t < Shape::kTokens && first_token + t < p.tokens; ++t) {

@@ -99,6 +99,10 @@ struct Scanner {
 #pragma unroll
         for (int j = 0; j < kLaneColumns; j += kVector)
             vectors[j / kVector].raw = *reinterpret_cast<const uint4*>(columns + j * 32);
+        fence_proxy_async();  // they are read, not only asked for, before TMA writes there again
+        __syncwarp();
+        if (group.lane() == 0) mbarrier_arrive(&s.empty[at.stage]);
+        at.advance(p.stages);
 #pragma unroll
         for (int j = 0; j < kLaneColumns; ++j) {
             const int column = j / kVector * kVector * 32 + j % kVector;
@@ -111,9 +115,6 @@ struct Scanner {
                          pass && place < kPiece);
             count += __popc(ballot);
         }
-        // Only now: a load that is issued has not read yet, and TMA does not wait for it.
-        if (group.lane() == 0) mbarrier_arrive(&s.empty[at.stage]);
-        at.advance(p.stages);
     }
 
     // The bound from columns spread over the row; NaN, which all pass, where that makes no sense.
@@ -233,13 +234,13 @@ __global__ void __launch_bounds__(kThreads, 2)
         RingPosition at;
         const bool loads = threadIdx.x == kScanThreads;
         if (loads) load_row(row, s, ring, p.stages, at);
-        __syncthreads();
+        named_barrier_sync(0, kThreads);
         if (loads && s.again) load_row(row, s, ring, p.stages, at);
     } else {
         Scanner<T> scanner{p, row, s, ring, entries};
         const bool done = scanner.select_by_guess();
         if (threadIdx.x == 0) s.again = !done;
-        __syncthreads();
+        named_barrier_sync(0, kThreads);
         if (!done) scanner.select_by_cuts();
         scanner.write();
     }
