@@ -68,7 +68,41 @@ def prefill_case(tokens: int, length: int, device: torch.device, quick: bool) ->
         dtype="fp8" if device.type == "cuda" else "fp32",
         quick=quick,
         context=length,
-        series=f"{tokens} queries",
+        series="whole sequence" if tokens == length else f"{tokens} queries",
+    )
+
+
+MIXED = [2048 + 195 * i for i in range(64)]  # lengths of 64 whole sequences, up to 14333
+
+
+def mixed_inputs(heads, dim, device):
+    """Whole sequences of mixed lengths, packed."""
+    total = sum(MIXED)
+    cu_seqlens = torch.tensor([0, *MIXED], dtype=torch.int32, device=device).cumsum(0).int()
+    inputs = packed_inputs(total, total, heads, dim, device)[:4]
+    return (*inputs, cu_seqlens, cu_seqlens, TOPK, max(MIXED))
+
+
+def verify_mixed(indices, inputs):
+    """The last rows of the last sequence, as if it were alone."""
+    q, weights, k, k_scale, _, _, topk, _ = inputs
+    length = MIXED[-1]
+    last = (q[-length:], weights[-length:], k[-length:], k_scale[-length:])
+    alone = torch.tensor([0, length], dtype=torch.int32, device=q.device)
+    verify_prefill(indices[-length:], (*last, alone, alone, topk, length))
+
+
+def mixed_case(device: torch.device) -> Case:
+    heads, dim = 16, 64
+    seen = sum(pairs(length, length) for length in MIXED)
+    return Case(
+        name=f"64 sequences of {MIXED[0]} to {MIXED[-1]}, {heads} x {dim} k={TOPK}",
+        inputs=lambda: mixed_inputs(heads, dim, device),
+        ours=prefill,
+        verify=verify_mixed,
+        flops=2.0 * seen * heads * dim,
+        bytes=traffic(sum(MIXED), sum(MIXED), heads, dim) + 4.0 * sum(MIXED) * TOPK,
+        dtype="fp8",
     )
 
 
@@ -120,8 +154,9 @@ def cases(device: torch.device) -> list[Case]:
             decode_case(1, 131072, device, True),
         ]
     prefills = [prefill_case(2048, n, device, True) for n in (8192, 32768, 131072)]
+    whole = [prefill_case(n, n, device, False) for n in (8192, 131072)]
     decodes = [
         decode_case(batch, length, device, True)
-        for batch, length in ((1, 32768), (1, 131072), (64, 8192), (64, 65536))
+        for batch, length in ((1, 32768), (1, 131072), (8, 131072), (64, 8192), (64, 65536))
     ]
-    return prefills + decodes
+    return [*prefills, *whole, mixed_case(device), *decodes]

@@ -1,4 +1,4 @@
-"""python -m bench.model_parts [--device cpu|cuda] [--json FILE]
+"""python -m bench.model_parts [--device cpu|cuda] [--case TEXT] [--json FILE]
 
 Where the time of the whole network goes: kernel time by part of prefills and of a decode step, peak memory, the largest
 context, and a 64-frame video from pixels to tokens. Kernel times are the profiler's, so they leave out gaps; the wall
@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,54 +64,57 @@ def measure(call: Callable[[], Any], device: torch.device, *, warm: bool = False
     return {"wall_ms": wall, "peak_gib": peak, "parts_ms": parts}
 
 
-def video(device: torch.device, frames: int = 64) -> dict[str, dict[str, Any]]:
-    """A video of random frames of 256 tokens: through ViT and projector whole and in chunks, and to its first answer."""
+def prefill_column(tokens: int, device: torch.device) -> dict[str, Any]:
+    network(device)  # its memory is no part of a prefill's
+    ids = torch.randint(0, full_config(device).vocab_size - 2, (tokens,), device=device)
+    cache_of.cache_clear()
+    return measure(lambda: prefill(ids), device, warm=tokens > 131072)
+
+
+def decode_column(batch: int, context: int, device: torch.device) -> dict[str, Any]:
+    cache_of.cache_clear()
+    return measure(Decoding(device, batch, context, dense=False), device)
+
+
+def video_column(device: torch.device, *, answer: bool, chunk: int | None, frames: int = 64) -> dict[str, Any]:  # fmt: skip
+    """A video of random frames of 256 tokens: through ViT and projector, or to its first answer."""
+    cache_of.cache_clear()
     model = network(device)
     grids = [(1, 32, 32)] * frames
     pixels = torch.randn(frames * 1024, 3, 14, 14, device=device)
     config = model.config
     ids = torch.tensor([1, *[config.video_token_id] * (frames * 256), 2])
     engine = Engine(model, len(ids) // 64 + 2)
+    prompt, params = Prompt(ids, None, pixels, grids), SamplingParams(max_new_tokens=16, ignore_eos=True)  # fmt: skip
 
     @torch.no_grad()
-    def encode(chunk: int | None) -> Any:
+    def encode() -> Any:
         return model.encode(pixels, grids, chunk=chunk)
 
-    def answer() -> Any:
-        prompt = Prompt(ids, None, pixels, grids)
-        return engine.generate([prompt], SamplingParams(max_new_tokens=16, ignore_eos=True))
+    return measure((lambda: engine.generate([prompt], params)) if answer else encode, device)
 
-    return {
-        "ViT, one pass": measure(lambda: encode(None), device),
-        "ViT, chunks of 8192": measure(lambda: encode(8192), device),
-        "video and 16 tokens": measure(answer, device),
-    }
+
+def columns(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
+    on_gpu = device.type == "cuda"
+    sizes = (8192, 32768, 131072, 262144) if on_gpu else (2304,)
+    decodes = ((1, 131072), (8, 32768)) if on_gpu else ((1, 4096),)
+    found = {f"prefill {n}": partial(prefill_column, n, device) for n in sizes}
+    found |= {f"decode {b} x {n}": partial(decode_column, b, n, device) for b, n in decodes}
+    if full_config(device).vision is not None:
+        found["ViT, one pass"] = partial(video_column, device, answer=False, chunk=None)
+        found["ViT, chunks of 8192"] = partial(video_column, device, answer=False, chunk=8192)
+        found["video and 16 tokens"] = partial(video_column, device, answer=True, chunk=None)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.model_parts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only columns that hold this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line per column")
     args = parser.parse_args(argv)
     device, console = torch.empty(0, device=args.device).device, Console(width=160)
-    sizes = (8192, 32768, 131072, 262144) if device.type == "cuda" else (2304,)
-    decodes = ((1, 131072), (8, 32768)) if device.type == "cuda" else ((1, 4096),)
-    vocabulary = full_config(device).vocab_size - 2
-    results: dict[str, dict[str, Any]] = {}
-    network(device)  # its memory is no part of a prefill's
-    for tokens in sizes:
-        ids = torch.randint(0, vocabulary, (tokens,), device=device)
-        cache_of.cache_clear()
-        results[f"prefill {tokens}"] = measure(
-            lambda ids=ids: prefill(ids), device, warm=tokens > 131072
-        )  # type: ignore[misc]
-    for batch, context in decodes:
-        cache_of.cache_clear()
-        step = Decoding(device, batch, context, dense=False)
-        results[f"decode {batch} x {context}"] = measure(step, device)
-    cache_of.cache_clear()
-    if full_config(device).vision is not None:
-        results |= video(device)
+    results = {name: run() for name, run in columns(device).items() if args.case in name}
     where = report.environment(device)
     lines = [{**where, "op": "model_parts", "case": k, **v} for k, v in results.items()]
     header, rows, _ = report.table(lines)

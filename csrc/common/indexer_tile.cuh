@@ -24,6 +24,7 @@ namespace dsa {
 constexpr int kKeys = 64;  // of a product, and of a page
 constexpr int kTileKeys = 2 * kKeys;
 constexpr int kWarpgroups = 2;
+constexpr int kScorerRegisters = 232, kLoaderRegisters = 40;  // of 168 at the start
 constexpr int kScoreThreads = 128 * kWarpgroups;
 constexpr int kIndexerThreads =
     kScoreThreads + 128;  // one more warpgroup, of which one thread loads
@@ -33,8 +34,7 @@ constexpr int kSyncScorers = 1;  // numbers of named barriers; 0 is the whole bl
 constexpr int kSyncWarpgroup = 2;
 
 // kFew: for sequences with few queries, whose other columns do nothing. There is little to do for
-// each key, so more of them are on their way, and up to 16 heads two blocks share an SM. It changes
-// no bit: a lane owns the same heads.
+// each key, so more of them are on their way. It changes no bit: a lane owns the same heads.
 template <int kHeads_, int kDim_, bool kPaged_, bool kFew = false>
 struct IndexerShape {
     static constexpr int kHeads = kHeads_;
@@ -45,19 +45,16 @@ struct IndexerShape {
     static constexpr int kLaneTokens = kTokens >= 4 ? kTokens / 4 : 1;
     static constexpr int kLanesPerToken = kTokens >= 4 ? 1 : 4 / kTokens;
     static constexpr int kLaneHeads = kHeads / kLanesPerToken;
-    static constexpr int kBlocks = kFew && kHeads <= 16 ? 2 : 1;  // on an SM
-    static constexpr int kStages = kBlocks == 2 ? 256 / kDim : kFew ? 640 / kDim : 3;
-    // Registers of a thread, of 80 or 168 at the start.
-    static constexpr int kScorerRegisters = kBlocks == 2 ? 104 : 232;
-    static constexpr int kLoaderRegisters = kBlocks == 2 ? 32 : 40;
-    // Half a tile as it is loaded: keys, or a page of keys and their scales; on 1024 bytes.
-    static constexpr int kHalfBytes = kKeys * (kPaged ? kDim + 4 : kDim);
-    static constexpr int kHalfStride = (kHalfBytes + 1023) / 1024 * 1024;
+    static constexpr int kStages = kFew ? 512 / kDim : 3;
 
-    // Where 16 bytes of a row lie after the swizzle.
-    static __device__ int swizzled(int row, int piece) {
-        return row * kDim + 16 * (piece ^ (kDim == 128 ? row % 8 : row / 2 % 4));
-    }
+    // Pages come in rows of 128 bytes, as TMA takes as long for 64: of 64 dimensions two keys each.
+    // The products are then of the even keys of a tile and of the odd ones, else of its halves.
+    static constexpr int kKeyRow = kPaged ? 128 : kDim;
+    static constexpr bool kPairs = kKeyRow > kDim;
+    static constexpr int kHalfBytes = kKeys * kDim;                   // of a tile
+    static constexpr int kProductBytes = kPairs ? kDim : kHalfBytes;  // from one to the other,
+    static constexpr int kProductKeys = kPairs ? 1 : kKeys;
+    static constexpr int kRowStep = kPairs ? 16 : 8;  // keys from one row of a thread to the other
 
     // Of lane `quad` of a quad: its tokens are token(quad, 0) ..., its heads begin at
     // first_head(quad).
@@ -70,9 +67,11 @@ struct IndexerShape {
 // The part of shared memory that scoring needs; aligned to 1024 bytes for the swizzle.
 template <class Shape>
 struct alignas(1024) ScoreStorage {
-    uint8_t keys[kWarpgroups][Shape::kStages][2 * Shape::kHalfStride];
+    uint8_t keys[kWarpgroups][Shape::kStages][2 * Shape::kHalfBytes];
     uint8_t queries[Shape::kColumns * Shape::kDim];
-    bool exists[kWarpgroups][Shape::kStages][2];  // paged: the page of half a tile
+    // Paged: of each key of a tile, and whether their pages exist.
+    alignas(16) float scales[kWarpgroups][Shape::kStages][kTileKeys];
+    bool exists[kWarpgroups][Shape::kStages][2];
     uint64_t full[kWarpgroups][Shape::kStages];
     uint64_t empty[kWarpgroups][Shape::kStages];
     int sequence[Shape::kTokens];   // of each token of the block,
@@ -165,7 +164,8 @@ __device__ void load_queries(const IndexerScoreParams& p, ScoreStorage<Shape>& s
         if (token < p.tokens)
             value = *reinterpret_cast<const uint4*>(p.q + token * p.q_stride + head * Shape::kDim +
                                                     16 * piece);
-        *reinterpret_cast<uint4*>(s.queries + Shape::swizzled(column, piece)) = value;
+        const int swizzled = piece ^ (Shape::kDim == 128 ? column % 8 : column / 2 % 4);
+        *reinterpret_cast<uint4*>(s.queries + column * Shape::kDim + 16 * swizzled) = value;
     }
     fence_proxy_async();
 }
@@ -236,36 +236,46 @@ struct KeyLoader {
         uint64_t* full = &s.full[group][position.stage];
         uint8_t* keys = s.keys[group][position.stage];
         mbarrier_wait(&s.empty[group][position.stage], position.parity ^ 1);
-        if constexpr (Shape::kPaged) {  // a page outside the cache is all zeros
-            const bool both = key + kKeys < run.keys;
-            for (int half = 0; half < 2; ++half)
-                s.exists[group][position.stage][half] =
-                    0 <= pages[half] && pages[half] < p.num_pages;
-            mbarrier_arrive_expect(full, (both ? 2 : 1) * Shape::kHalfBytes);
-            tma_load(map, full, keys, 0, 0, pages[0]);
-            if (both) tma_load(map, full, keys + Shape::kHalfStride, 0, 0, pages[1]);
-        } else {
+        if constexpr (!Shape::kPaged) {
             mbarrier_arrive_expect(full, 2 * Shape::kHalfBytes);
             tma_load(map, full, keys, 0, run.first_key + key);
+            return;
+        }
+        constexpr int kPageFloats = kKeys * (Shape::kDim + 4) / 4, kScaleBytes = kKeys * 4;
+        const int halves = key + kKeys < run.keys ? 2 : 1;
+        const bool exists[2] = {0 <= pages[0] && pages[0] < p.num_pages,
+                                0 <= pages[1] && pages[1] < p.num_pages};
+        s.exists[group][position.stage][0] = exists[0];
+        s.exists[group][position.stage][1] = exists[1];
+        const int scales = exists[0] + (halves == 2 && exists[1]);
+        mbarrier_arrive_expect(full, halves * Shape::kHalfBytes + scales * kScaleBytes);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // a page outside the cache is all zeros
+            if (half == halves) break;
+            tma_load(map, full, keys + half * Shape::kHalfBytes, 0, 0, pages[half]);
+            if (exists[half])
+                bulk_load(s.scales[group][position.stage] + half * kKeys,
+                          p.key_scale + (pages[half] + int64_t{1}) * kPageFloats - kKeys,
+                          kScaleBytes, full);
         }
     }
 };
 
-// A scorer's side. Each thread scores four keys of a tile, two of each half, for each of its own
+// A scorer's side. Each thread scores four keys of a tile, two of each product, for each of its own
 // tokens.
 template <class Shape>
 struct Scorer {
     static constexpr int kOwn = Shape::kLaneTokens;
     using Products = float[Shape::kColumns / 2];
 
-    // Of one half of a tile: the scores of keys `key` and `key` + 8 for own token a in score[a].
-    // The half ends at key `end`.
+    // Of one product: the scores of keys `key` and `key` + kRowStep for own token a in score[a].
+    // Its last key lies before `end`.
     struct Scores {
         int key;
         int end;
         float score[kOwn][2];
     };
-    // Of one half of a tile: the scales of those keys, and whether their page exists.
+    // The scales of those keys, and whether their page exists.
     struct Scales {
         float scale[2];
         bool exists;
@@ -294,30 +304,31 @@ struct Scorer {
         }
     }
 
-    // Calls consume(scores) for each half of each tile of this warpgroup.
+    // This thread's first key in a tile.
+    __device__ int own_key() const { return Shape::kPairs ? row / 32 * kKeys + row % 32 * 2 : row; }
+
+    // Calls consume(scores) for each product of each tile of this warpgroup.
     template <class Consume>
     __device__ void score(const IndexerScoreParams& p, ScoreStorage<Shape>& s, const TokenRun& run,
                           TileRange tiles, const Consume& consume) {
-        constexpr bool kApart = Shape::kBlocks > 1;  // other blocks overlap; saves registers
-        Products even, other;
-        Products& odd = kApart ? even : other;
-        int key = tiles.key(tiles.first + group) + row;
+        Products even, odd;
+        int key = tiles.key(tiles.first + group) + own_key();
         Scales ahead[2] = {packed_scales(p, run, key), packed_scales(p, run, key + kKeys)};
-        const auto start = [&](Products& products, int half) {
+        const auto start = [&](Products& products, int product) {
             const uint32_t keys =
-                shared_address(s.keys[group][position.stage]) + half * Shape::kHalfStride;
+                shared_address(s.keys[group][position.stage]) + product * Shape::kProductBytes;
             const uint32_t queries = shared_address(s.queries);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < Shape::kDim; k += 32)
-                wgmma_e4m3(products, matrix_descriptor(keys + k, Shape::kDim),
+                wgmma_e4m3(products, matrix_descriptor(keys + k, Shape::kKeyRow),
                            matrix_descriptor(queries + k, Shape::kDim), k > 0);
             wgmma_commit();
         };
         for (int tile = tiles.first + group; tile < tiles.last; tile += kWarpgroups) {
             mbarrier_wait(&s.full[group][position.stage], position.parity);
             start(even, 0);
-            if (!kApart) start(odd, 1);
+            start(odd, 1);
             const int next = key + tiles.key(kWarpgroups);
             Scales now[2] = {ahead[0], ahead[1]};
             if constexpr (Shape::kPaged) {
@@ -327,14 +338,13 @@ struct Scorer {
                 ahead[0] = packed_scales(p, run, next);
                 ahead[1] = packed_scales(p, run, next + kKeys);
             }
-            wgmma_wait<kApart ? 0 : 1>();
+            wgmma_wait<1>();
             wgmma_pin(even);
-            consume(sum(even, now[0], key));
-            if (kApart) start(odd, 1);
+            consume(sum(even, now[0], key, 0));
             wgmma_wait<0>();
             wgmma_pin(odd);
             release(s);
-            consume(sum(odd, now[1], key + kKeys));
+            consume(sum(odd, now[1], key, 1));
             key = next;
         }
     }
@@ -356,22 +366,17 @@ struct Scorer {
                 true};
     }
 
-    // The scales lie behind the keys of the page, as further rows of it.
-    __device__ Scales paged_scales(const ScoreStorage<Shape>& s, int half) {
-        const uint8_t* page = s.keys[group][position.stage] + half * Shape::kHalfStride;
-        const auto scale = [&](int key) {
-            const int byte = kKeys * Shape::kDim + 4 * key, in_row = byte % Shape::kDim;
-            return *reinterpret_cast<const float*>(
-                page + Shape::swizzled(byte / Shape::kDim, in_row / 16) + in_row % 16);
-        };
-        return {{scale(row), scale(row + 8)}, s.exists[group][position.stage][half]};
+    __device__ Scales paged_scales(const ScoreStorage<Shape>& s, int product) {
+        const int key = own_key() + product * Shape::kProductKeys;
+        const float* scale = s.scales[group][position.stage] + key;
+        return {{scale[0], scale[Shape::kRowStep]}, s.exists[group][position.stage][key / kKeys]};
     }
 
-    // The weighted sums over heads of one half.
-    __device__ Scores sum(const Products& products, const Scales& scales, int key) {
+    // The weighted sums over heads of one of the products of a tile, whose first own key is `key`.
+    __device__ Scores sum(const Products& products, const Scales& scales, int key, int product) {
         Scores result;
-        result.key = key;
-        result.end = key - row + kKeys;
+        result.key = key + product * Shape::kProductKeys;
+        result.end = key - own_key() + (Shape::kPairs || product == 1 ? kTileKeys : kKeys);
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
             float sum[2] = {0.0f, 0.0f};

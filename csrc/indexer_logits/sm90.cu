@@ -15,8 +15,8 @@ void launch(IndexerLogitsParams& p, const CUtensorMap& map, cudaStream_t stream)
     const int64_t token_blocks = (p.tokens - p.first_token + Shape::kTokens - 1) / Shape::kTokens;
     const int64_t rounds = (p.width + kRoundKeys - 1) / kRoundKeys;
     // Few tokens share the SMs in one wave.
-    const int64_t places = Shape::kBlocks * num_multiprocessors();
-    const int64_t wanted = (rounds * token_blocks + places - 1) / places;
+    const int64_t multiprocessors = num_multiprocessors();
+    const int64_t wanted = (rounds * token_blocks + multiprocessors - 1) / multiprocessors;
     p.key_rounds = static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, kMostRounds));
     p.key_blocks = static_cast<int32_t>((rounds + p.key_rounds - 1) / p.key_rounds);
     constexpr int kSharedBytes = sizeof(ScoreStorage<Shape>) + 1024;

@@ -25,7 +25,7 @@ __device__ void fill_unseen(const IndexerLogitsParams& p, const ScoreStorage<Sha
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(kIndexerThreads, Shape::kBlocks)
+__global__ void __launch_bounds__(kIndexerThreads, 1)
     indexer_logits_kernel(const __grid_constant__ CUtensorMap map, const IndexerLogitsParams p) {
     auto& s = aligned_storage<ScoreStorage<Shape>>();
     const int first_token = p.first_token + blockIdx.x / p.key_blocks * Shape::kTokens;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kIndexerThreads, Shape::kBlocks)
         return TileRange{first_tile, min(end_tile, run.tiles())};
     };
     if (threadIdx.x >= kScoreThreads) {
-        give_registers_back<Shape::kLoaderRegisters>();
+        give_registers_back<kLoaderRegisters>();
         if (threadIdx.x < kScoreThreads + 32 * kWarpgroups) {
             KeyLoader<Shape> loader;
             while (scored != 0) {
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kIndexerThreads, Shape::kBlocks)
             }
         }
     } else {
-        take_registers<Shape::kScorerRegisters>();
+        take_registers<kScorerRegisters>();
         float* out = p.out + (first_token - p.first_token) * p.out_stride;
         if (p.visible == nullptr) {
             fill_unseen(p, s, out, first_token, int64_t{first_tile} * kTileKeys,
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kIndexerThreads, Shape::kBlocks)
                 for (int a = 0; a < Shape::kLaneTokens; ++a)
 #pragma unroll
                     for (int r = 0; r < 2; ++r)
-                        if (scores.key + 8 * r < seen[a])
-                            row[a][scores.key + 8 * r] = scores.score[a][r];
+                        if (scores.key + Shape::kRowStep * r < seen[a])
+                            row[a][scores.key + Shape::kRowStep * r] = scores.score[a][r];
             });
         }
     }

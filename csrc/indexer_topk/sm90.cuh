@@ -190,7 +190,7 @@ struct Appender {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 pass[r] = passes(scores.score[a][r], bound[a]) &&
-                          (kWhole || scores.key + 8 * r < seen[a]);
+                          (kWhole || scores.key + Shape::kRowStep * r < seen[a]);
                 ballot[r] = __ballot_sync(~0u, pass[r]);
             }
             if ((ballot[0] | ballot[1]) == 0) continue;
@@ -200,7 +200,8 @@ struct Appender {
             count[a] += __popc(ballot[1] & quad_lanes);
             Candidate* list = segment + a * p.capacity;
             if (pass[0] && first < room) list[first] = {scores.score[a][0], scores.key};
-            if (pass[1] && second < room) list[second] = {scores.score[a][1], scores.key + 8};
+            if (pass[1] && second < room)
+                list[second] = {scores.score[a][1], scores.key + Shape::kRowStep};
         }
     }
 };
@@ -271,7 +272,7 @@ __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Sc
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(kIndexerThreads, Shape::kBlocks)
+__global__ void __launch_bounds__(kIndexerThreads, 1)
     indexer_topk_kernel(const __grid_constant__ CUtensorMap map, const IndexerTopkParams p) {
     auto& s = aligned_storage<TopkStorage<Shape>>();
     init_barriers(s.score);
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(kIndexerThreads, Shape::kBlocks)
     int first_token;
     uint32_t scored;
     if (threadIdx.x >= kScoreThreads) {
-        give_registers_back<Shape::kLoaderRegisters>();
+        give_registers_back<kLoaderRegisters>();
         KeyLoader<Shape> loader;
         while (next_tokens(first_token, scored)) {
             while (scored != 0) {
@@ -312,7 +313,7 @@ __global__ void __launch_bounds__(kIndexerThreads, Shape::kBlocks)
             }
         }
     } else {
-        take_registers<Shape::kScorerRegisters>();
+        take_registers<kScorerRegisters>();
         Scorer<Shape> scorer;
         while (next_tokens(first_token, scored)) {
             for (int t = 0; t < Shape::kTokens && first_token + t < p.tokens; ++t) {
