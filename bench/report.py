@@ -133,10 +133,13 @@ def table(lines: list[Line]) -> tuple[list[str], list[list[str]], list[str]]:
     """Header, rows and footnotes of one op's table."""
     if "parts_ms" in lines[0]:
         return parts_table(lines)
+    series = list(dict.fromkeys(entry["series"] for entry in lines))
+    lines = sorted(lines, key=lambda entry: (series.index(entry["series"]), entry["context"] or 0))
     peers = list(dict.fromkeys(name for entry in lines for name in entry["peers"]))
     header = ["case", "by", "median us", "rate", "% of limit", "peak MiB"]
     header += [f"vs {name}" for name in peers]
     rows, notes = [], []
+    uncaptured: dict[str, list[str]] = {}  # peers that were timed otherwise than ours -> where
     for entry in lines:
         row = [entry["case"], entry["implementation"], significant(entry["median_us"])]
         row += [_rate(entry), _percent(entry), _mib(entry["peak_mib"])]
@@ -146,9 +149,12 @@ def table(lines: list[Line]) -> tuple[list[str], list[list[str]], list[str]]:
             if isinstance(value, str) and value != "oom":
                 where = "" if value.startswith("n/a") else f" ({entry['case']})"
                 notes.append(f"{name}{where}: {value}")
-        uncaptured = [name for name in entry["timing"] if entry["timing"][name] == "events"]
-        if entry["timing"].get(OURS) == "graph" and uncaptured:
-            notes.append(f"{entry['case']}: no CUDA graph of {', '.join(uncaptured)}, plain events")
+        for name, how in entry["timing"].items():
+            if how == "events" and entry["timing"].get(OURS) == "graph":
+                uncaptured.setdefault(name, []).append(entry["case"])
+    for name, cases in uncaptured.items():
+        where = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
+        notes.append(f"{name}: plain events, no CUDA graph ({where})")
     return header, rows, list(dict.fromkeys(notes))
 
 

@@ -228,7 +228,7 @@ def test_json_to_markdown(tmp_path):
         "| other | triton | 10.0 | 400 TFLOPS | 40.0 | 0.50 | 2.50x | n/a |",
     ]
     assert "absent: n/a: not installed" in text
-    assert "other: no CUDA graph of eager, plain events" in text
+    assert "eager: plain events, no CUDA graph (2 cases)" in text
     assert text[-1] == (
         "Measured on NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3; "
         "2026-01-02; at 0123abcd."
