@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from keye_model.attention import Paging
-from keye_model.cache import PagedCache, pages_for
+from keye_model.cache import PagedCache, Pages, pages_for
 from keye_model.config import KeyeConfig
 from keye_model.graphs import DecodeGraphs
 from keye_model.model import KeyeVL
@@ -183,7 +183,8 @@ class Decoding:
         self.cache.index[..., : 64 * dim] = torch.randint(0, 100, (64 * dim,), device=device)
         self.cache.index[..., 64 * dim :].view(torch.float32).fill_(1.0)
         self.graphs = DecodeGraphs(model, self.cache, dense=dense) if device.type == "cuda" else None  # fmt: skip
-        numbers = torch.randperm(pages * batch).view(batch, pages).tolist()
+        shuffled = torch.randperm(pages * batch).view(batch, pages)
+        numbers = [Pages("i", row) for row in shuffled.tolist()]
         self.arguments = ([1] * batch, [context - 1] * batch, numbers, [context] * batch)
         self.model, self.dense, self.device = model, dense, device
 

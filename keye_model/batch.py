@@ -32,7 +32,7 @@ class Batch:
         self.max_seqlen_k = max(lengths)
         table = torch.full((len(self.pieces), pages_for(self.max_seqlen_k)), -1, dtype=torch.int32)
         for row, (s, _) in zip(table, self.pieces):
-            row[: len(s.pages)] = torch.tensor(s.pages, dtype=torch.int32)
+            row[: len(s.pages)] = torch.frombuffer(s.pages, dtype=torch.int32)
         table = table.to(device)
         on_device = self.tensor(lengths, torch.int32)
         slots = token_slots(table, self.cu_seqlens_q, on_device, len(self.input_ids))

@@ -6,6 +6,8 @@ last, partly filled one is copied for each.
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from dsa_kernels.paged_cache import PAGE_SIZE
 
 from .attention import LayerCache
 from .config import KeyeConfig
+
+Pages = array  # of type "i": the page numbers of a sequence, which a tensor can read where they lie
 
 
 class OutOfPages(Exception):
@@ -42,29 +46,29 @@ class PagedCache:
         self.free = list(reversed(range(num_pages)))
         self.owners = [0] * num_pages
 
-    def allocate(self, number: int) -> list[int]:
+    def allocate(self, number: int) -> Pages:
         """Takes free pages, with one owner each."""
         if number > len(self.free):
             raise OutOfPages(f"{number} pages asked for, {len(self.free)} of {self.num_pages} free")
-        pages = [self.free.pop() for _ in range(number)]
+        pages = Pages("i", (self.free.pop() for _ in range(number)))
         for page in pages:
             self.owners[page] = 1
         return pages
 
-    def share(self, pages: list[int]) -> list[int]:
+    def share(self, pages: Pages) -> Pages:
         """One more owner for each of the pages."""
         for page in pages:
             self.owners[page] += 1
-        return list(pages)
+        return pages[:]
 
-    def release(self, pages: list[int]) -> None:
+    def release(self, pages: Pages) -> None:
         """One owner less; a page without an owner is free."""
         for page in pages:
             self.owners[page] -= 1
             if self.owners[page] == 0:
                 self.free.append(page)
 
-    def fork(self, pages: list[int], length: int) -> list[int]:
+    def fork(self, pages: Pages, length: int) -> Pages:
         """The pages of another sequence that begins with the same `length` tokens: full pages shared, a last one copied."""
         full, rest = divmod(length, PAGE_SIZE)
         copied = self.allocate(1 if rest else 0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .cache import OutOfPages, PagedCache, pages_for
+from .cache import OutOfPages, PagedCache, Pages, pages_for
 from .graphs import DecodeGraphs
 from .model import KeyeVL
 from .requests import Completion, Delta, Prompt, Sequence
@@ -173,7 +173,7 @@ class Engine:
     def preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.cache.release(sequence.pages)
-        sequence.pages, sequence.cached = [], 0
+        sequence.pages, sequence.cached = Pages("i"), 0
         self.waiting.appendleft(sequence)
 
     def prefill_pieces(self) -> list[tuple[Sequence, int]]:
@@ -254,7 +254,7 @@ class Engine:
             text += "" if sequence.stream is None else sequence.stream.flush()
             self.running.remove(sequence)
             self.cache.release(sequence.pages)
-            sequence.pages = []
+            sequence.pages = Pages("i")
         return Delta(sequence.request, sequence.sample, token, logprob, text, finish)
 
     # ---- checks ------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ page: nothing is written or read for them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -15,34 +13,56 @@ from dsa_kernels import token_slots
 from dsa_kernels.paged_cache import PAGE_SIZE
 
 from .attention import Paging
-from .cache import PagedCache
+from .cache import PagedCache, Pages
 from .model import KeyeVL
 
 SMALLEST_WIDTH = 4096  # keys; widths double up to the model's context
 
 
-@dataclass
+class DecodeInputs:
+    """Inputs of one graph, B requests of up to W keys, in one piece of memory: one copy moves them all.
+
+    Attributes: positions [3, B], input_ids [B] int64; lengths [B], page_table [B, W / 64] int32.
+    """
+
+    def __init__(
+        self, batch: int, width: int, device: torch.device, *, pinned: bool = False
+    ) -> None:
+        columns = width // PAGE_SIZE
+        wide, narrow = 4 * batch, batch * (1 + columns)  # numbers of 8 and of 4 bytes
+        self.memory = torch.zeros(8 * wide + 4 * narrow, dtype=torch.uint8, device=device, pin_memory=pinned)  # fmt: skip
+        rows = self.memory[: 8 * wide].view(torch.int64).view(4, batch)
+        self.positions, self.input_ids = rows[:3], rows[3]
+        rest = self.memory[8 * wide :].view(torch.int32)
+        self.lengths, self.page_table = rest[:batch], rest[batch:].view(batch, columns)
+        self.page_table.fill_(-1)  # nothing is written or read without a page
+
+
 class DecodeBuffers:
-    """Inputs and output of one graph: B requests, up to W keys each."""
+    """What one graph reads and writes: inputs on the device and, pinned, on the host; logits [B, V] float32."""
 
-    input_ids: Tensor  # [B]
-    positions: Tensor  # [3, B]
-    page_table: Tensor  # [B, W / 64]
-    lengths: Tensor  # [B]
-    logits: Tensor  # [B, V] float32
+    def __init__(self, batch: int, width: int, vocabulary: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.inputs = DecodeInputs(batch, width, device)
+        self.host = DecodeInputs(batch, width, torch.device("cpu"), pinned=on_gpu)
+        self.logits = torch.zeros(batch, vocabulary, device=device)
+        self.copied = torch.cuda.Event() if on_gpu else None
 
-    @classmethod
-    def make(cls, batch: int, width: int, vocabulary: int, device: torch.device) -> DecodeBuffers:
-        def full(shape: tuple[int, ...], value: int, dtype: torch.dtype) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=device)
-
-        return cls(
-            full((batch,), 0, torch.int64),
-            full((3, batch), 0, torch.int64),
-            full((batch, width // PAGE_SIZE), -1, torch.int32),
-            full((batch,), 0, torch.int32),
-            full((batch, vocabulary), 0, torch.float32),
-        )
+    def fill(self, input_ids: list[int], positions: list[int], pages: list[Pages], lengths: list[int]) -> None:  # fmt: skip
+        """Requests of the next step; the rows behind them are of length 0 and have no page."""
+        if self.copied is not None:
+            self.copied.synchronize()  # the copy of the last step
+        n, host = len(input_ids), self.host
+        host.memory.zero_()
+        host.input_ids[:n] = torch.tensor(input_ids)
+        host.positions[:, :n] = torch.tensor(positions)
+        host.lengths[:n] = torch.tensor(lengths)
+        host.page_table.fill_(-1)
+        for row, numbers in zip(host.page_table, pages):
+            row[: len(numbers)] = torch.frombuffer(numbers, dtype=torch.int32)
+        self.inputs.memory.copy_(host.memory, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
 
 
 class DecodeGraphs:
@@ -52,7 +72,7 @@ class DecodeGraphs:
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, DecodeBuffers]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def run(self, input_ids: list[int], positions: list[int], pages: list[list[int]], lengths: list[int]) -> Tensor:  # fmt: skip
+    def run(self, input_ids: list[int], positions: list[int], pages: list[Pages], lengths: list[int]) -> Tensor:  # fmt: skip
         """Logits [n, V] float32 of one new token of each of n requests; valid until the next call.
 
         Args:
@@ -61,7 +81,7 @@ class DecodeGraphs:
         """
         n = len(input_ids)
         graph, buffers = self.graph_for(n, max(lengths))
-        self.fill(buffers, input_ids, positions, pages, lengths)
+        buffers.fill(input_ids, positions, pages, lengths)
         graph.replay()
         return buffers.logits[:n]
 
@@ -74,19 +94,8 @@ class DecodeGraphs:
             self.graphs[key] = self.capture(*key)
         return self.graphs[key]
 
-    def fill(self, buffers: DecodeBuffers, input_ids: list[int], positions: list[int], pages: list[list[int]], lengths: list[int]) -> None:  # fmt: skip
-        batch, columns = buffers.page_table.shape
-        rest = batch - len(input_ids)
-        table = torch.full((batch, columns), -1, dtype=torch.int32)
-        for row, numbers in zip(table, pages):
-            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
-        buffers.page_table.copy_(table)
-        buffers.input_ids.copy_(torch.tensor(input_ids + [0] * rest))
-        buffers.positions.copy_(torch.tensor(positions + [0] * rest).expand(3, -1))
-        buffers.lengths.copy_(torch.tensor(lengths + [0] * rest, dtype=torch.int32))
-
     def capture(self, batch: int, width: int) -> tuple[torch.cuda.CUDAGraph, DecodeBuffers]:
-        buffers = DecodeBuffers.make(batch, width, self.model.config.vocab_size, self.device)
+        buffers = DecodeBuffers(batch, width, self.model.config.vocab_size, self.device)
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -99,12 +108,12 @@ class DecodeGraphs:
 
     @torch.no_grad()
     def forward(self, buffers: DecodeBuffers, width: int) -> None:
-        batch = buffers.input_ids.shape[0]
+        inputs, batch = buffers.inputs, len(buffers.logits)
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=self.device)
-        slots = token_slots(buffers.page_table, cu_seqlens, buffers.lengths, batch)
-        paging = Paging(buffers.page_table, buffers.lengths, slots, num_decodes=batch)
+        slots = token_slots(inputs.page_table, cu_seqlens, inputs.lengths, batch)
+        paging = Paging(inputs.page_table, inputs.lengths, slots, num_decodes=batch)
         step = self.model.step(
-            buffers.positions, cu_seqlens, cu_seqlens, width, paging=paging, dense=self.dense
+            inputs.positions, cu_seqlens, cu_seqlens, width, paging=paging, dense=self.dense
         )
-        hidden = self.model.decode(buffers.input_ids, step, self.cache.layers)
+        hidden = self.model.decode(inputs.input_ids, step, self.cache.layers)
         buffers.logits.copy_(self.model.head(hidden))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache import Pages
 from .sampling import SamplingParams
 from .text import TextStream
 from .vision import Grid
@@ -61,7 +62,7 @@ class Sequence:
         self.positions = count if prompt.position_ids is None else prompt.position_ids.cpu()
         # A generated token's position is its index plus this.
         self.next_position = int(self.positions.max()) + 1 - self.prompt_length
-        self.pages: list[int] = []
+        self.pages = Pages("i")
         self.cached = 0  # tokens in the cache
         self.features: Tensor | None = None
         self.siblings: list[Sequence] = []  # samples that wait for this one's prompt

@@ -64,6 +64,7 @@ def main():
         print(
             f"equal on {ranks} ranks: {len(parameters)} gradients, {sharded} of them sharded by FSDP"
         )
+    dist.barrier()  # a rank that leaves first takes the other's connections with it
     dist.destroy_process_group()
 
 
