@@ -1,7 +1,7 @@
 // Index scores on Hopper's FP8 tensor cores: the part that indexer_logits and indexer_topk share.
 //
-// A block of threads owns kTokens tokens. Two warpgroups take turns at tiles of 128 keys, which one
-// thread of a third loads by TMA into a ring a warpgroup. Keys are the rows of the product, the
+// A block of threads owns kTokens tokens. Two warpgroups take turns at tiles of 128 keys, which two
+// warps of a third load by TMA into a ring a warpgroup. Keys are the rows of the product, the
 // (token, head) pairs its columns, in such an order that the columns a lane holds are all heads of
 // its own tokens: column 8 j + 2 c + e holds head 2 j + e of the tokens of lane c of a quad.
 // Weights stay in registers, ReLU and the weighted sum over heads need no shuffle: two instructions
@@ -26,8 +26,7 @@ constexpr int kTileKeys = 2 * kKeys;
 constexpr int kWarpgroups = 2;
 constexpr int kScorerRegisters = 232, kLoaderRegisters = 40;  // of 168 at the start
 constexpr int kScoreThreads = 128 * kWarpgroups;
-constexpr int kIndexerThreads =
-    kScoreThreads + 128;  // one more warpgroup, of which one thread loads
+constexpr int kIndexerThreads = kScoreThreads + 128;  // one more warpgroup, of which two warps load
 constexpr int kRoundKeys = kTileKeys * kWarpgroups;
 
 constexpr int kSyncScorers = 1;  // numbers of named barriers; 0 is the whole block's
@@ -47,8 +46,8 @@ struct IndexerShape {
     static constexpr int kLaneHeads = kHeads / kLanesPerToken;
     static constexpr int kStages = kFew ? 512 / kDim : 3;
 
-    // Pages come in rows of 128 bytes, as TMA takes as long for 64: of 64 dimensions two keys each.
-    // The products are then of the even keys of a tile and of the odd ones, else of its halves.
+    // Pages come in rows of 128 bytes, of 64 dimensions two keys each. The products are then of the
+    // even keys of a tile and of the odd ones, else of its halves.
     static constexpr int kKeyRow = kPaged ? 128 : kDim;
     static constexpr bool kPairs = kKeyRow > kDim;
     static constexpr int kHalfBytes = kKeys * kDim;                   // of a tile

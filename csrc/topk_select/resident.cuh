@@ -10,8 +10,9 @@
 // equal the cut included, and writes its own in order: no sort, no list, no case that costs more
 // than another. (Equal counts in one bin are one instruction: equal scores do not queue up.)
 //
-// Bound by latency for few rows (seven meetings of the cluster or the block), by instructions,
-// about 30 for 32 columns, for many short ones.
+// Bound by latency for few rows: four meetings of the cluster and six reads of other blocks' memory
+// that wait for each other. Measured on an H200: 14 us for one row of 131072 with 16 blocks, 10
+// where calls follow each other; 162 us for 4096 rows of 8192.
 #pragma once
 
 #include <cuda_bf16.h>
