@@ -26,7 +26,8 @@ namespace dsa {
 
 constexpr int kResidentThreads = 512;
 constexpr int kResidentWarps = kResidentThreads / 32;
-constexpr int kMostBlocks = 16;      // of a cluster
+constexpr int kMostBlocks = 16;  // of a cluster; a warp reads the counts of one
+static_assert(kMostBlocks <= kResidentWarps);
 constexpr int kSliceColumns = 2048;  // the columns of a block are a multiple
 constexpr int kDigits = 3, kDigitBits = 11;
 constexpr int kDigitBins = 1 << kDigitBits;
