@@ -22,11 +22,14 @@ def prefill(q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, topk, width):
     return dsa_kernels.indexer_topk(*args, max_seqlen_k=width)
 
 
-def score_then_select(q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, topk, width):
-    """Our own ops with the score matrix in memory."""
+def score_then_select(
+    q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k, topk, width, lengths=None
+):
+    """Our own ops with the score matrix in memory. lengths: keys that each token sees, if not of one sequence."""
     args = (q, weights, k, k_scale, cu_seqlens_q, cu_seqlens_k)
     scores = dsa_kernels.indexer_logits(*args, max_seqlen_k=width)
-    lengths = torch.arange(width - len(q) + 1, width + 1, dtype=torch.int32, device=q.device)
+    if lengths is None:
+        lengths = torch.arange(width - len(q) + 1, width + 1, dtype=torch.int32, device=q.device)
     return dsa_kernels.topk_select(scores, topk, lengths=lengths)
 
 
@@ -95,11 +98,13 @@ def verify_mixed(indices, inputs):
 def mixed_case(device: torch.device) -> Case:
     heads, dim = 16, 64
     seen = sum(pairs(length, length) for length in MIXED)
+    lengths = torch.cat([torch.arange(1, n + 1, dtype=torch.int32) for n in MIXED]).to(device)
     return Case(
         name=f"64 sequences of {MIXED[0]} to {MIXED[-1]}, {heads} x {dim} k={TOPK}",
         inputs=lambda: mixed_inputs(heads, dim, device),
         ours=prefill,
         verify=verify_mixed,
+        peers={"logits, topk_select": functools.partial(score_then_select, lengths=lengths)},
         flops=2.0 * seen * heads * dim,
         bytes=traffic(sum(MIXED), sum(MIXED), heads, dim) + 4.0 * sum(MIXED) * TOPK,
         dtype="fp8",

@@ -34,7 +34,7 @@ constexpr int kSyncWarpgroup = 2;
 
 // kFew: for sequences with few queries, whose other columns do nothing. There is little to do for
 // each key, so more of them are on their way. It changes no bit: a lane owns the same heads.
-template <int kHeads_, int kDim_, bool kPaged_, bool kFew = false>
+template <int kHeads_, int kDim_, bool kPaged_, bool kFew>
 struct IndexerShape {
     static constexpr int kHeads = kHeads_;
     static constexpr int kDim = kDim_;

@@ -66,7 +66,6 @@ def main():
         print(
             f"equal on {ranks} ranks: {len(parameters)} gradients, {sharded} of them sharded by FSDP"
         )
-    dist.barrier()  # a rank that leaves first takes the other's connections with it
     dist.destroy_process_group()
     # Without the destructors of static objects: one of torch's ends now and then in std::terminate, as a thread of gloo's
     # still runs (1 of 10 times on a busy machine, torch 2.13).

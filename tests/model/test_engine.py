@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye_model import Engine, Prompt, SamplingParams
-from keye_model.cache import PAGE_SIZE, OutOfPages, PagedCache, pages_for
+from keye_model.cache import PAGE_SIZE, OutOfPages, PagedCache, Pages, pages_for
+from keye_model.graphs import DecodeBuffers
 from keye_model.sampling import choose
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -91,6 +92,20 @@ def test_same_bits_wherever_the_pages_lie(device):
         engine.cache.free = pages
         runs.append([(c.tokens, c.logprobs) for (c,) in engine.generate(prompts, params)])
     assert runs[0] == runs[1]
+
+
+def test_inputs_of_a_graph():
+    """Every step replaces the last one's requests; rows without one have no page and length 0."""
+    buffers = DecodeBuffers(4, 4096, 10, torch.device("cpu"))
+    assert (buffers.inputs.page_table == -1).all()
+    buffers.fill([5, 6, 7], [130, 20, 64], [Pages("i", row) for row in ([3, 7, 9], [1], [20, 21])], [131, 21, 65])  # fmt: skip
+    buffers.fill([8, 9], [40, 2**31], [Pages("i", row) for row in ([2], [4, 5])], [41, 66])
+    inputs = buffers.inputs
+    assert inputs.input_ids.tolist() == [8, 9, 0, 0] and inputs.lengths.tolist() == [41, 66, 0, 0]
+    assert inputs.positions.tolist() == [[40, 2**31, 0, 0]] * 3
+    assert inputs.page_table.shape == (4, 64)
+    assert inputs.page_table[:, :3].tolist() == [[2, -1, -1], [4, 5, -1], [-1] * 3, [-1] * 3]
+    assert (inputs.page_table[:, 3:] == -1).all()
 
 
 @pytest.mark.gpu
