@@ -1,7 +1,7 @@
 """Benchmark cases of the whole network at full size, random weights: prefill and decode, sparse and dense.
 
 The peer is Hugging Face's Qwen3-MoE with SDPA on the same weights (its parameters are views of ours, so one card holds
-both); it has no indexer. Decode steps read a cache filled with random keys; ours replays a CUDA graph.
+both); it has no indexer. Decode steps read a cache filled with random keys; ours replays a CUDA graph of compiled layers.
 
     python -m bench model            the cases
     python -m bench.model_parts      where the time of a prefill and of a decode step goes; the largest context; a video
@@ -182,7 +182,7 @@ class Decoding:
         dim = model.config.indexer.indexer_head_dim
         self.cache.index[..., : 64 * dim] = torch.randint(0, 100, (64 * dim,), device=device)
         self.cache.index[..., 64 * dim :].view(torch.float32).fill_(1.0)
-        self.graphs = DecodeGraphs(model, self.cache, dense=dense) if device.type == "cuda" else None  # fmt: skip
+        self.graphs = DecodeGraphs(model, self.cache, dense=dense, compile=True) if device.type == "cuda" else None  # fmt: skip
         shuffled = torch.randperm(pages * batch).view(batch, pages)
         numbers = [Pages("i", row) for row in shuffled.tolist()]
         self.arguments = ([1] * batch, [context - 1] * batch, numbers, [context] * batch)

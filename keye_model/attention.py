@@ -18,6 +18,7 @@ import dsa_kernels
 from dsa_kernels import AttentionTarget, IndexerNorms
 
 from .config import IndexerConfig, KeyeConfig
+from .linear import product
 from .rope import Table
 
 
@@ -144,7 +145,7 @@ class Attention(nn.Module):
         else:
             assert cache is not None
             out, loss = self.paged(x, q, k, v, step, step.paging, cache), None
-        return self.out(out.flatten(1)), loss
+        return product(out.flatten(1), self.out.weight), loss
 
     def selects(self, step: Step) -> bool:
         """Whether a token of the step may see more keys than it attends to."""

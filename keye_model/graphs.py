@@ -1,10 +1,14 @@
 """Decoding under CUDA graphs: one graph for each batch size and context width, over fixed buffers.
 
 A step of B requests runs in the graph of the next larger batch and width. Rows without a request have length 0 and no
-page: nothing is written or read for them.
+page: nothing is written or read for them. With `compile`, torch.compile makes the code between our kernels before the
+capture: residual sums and norms become one kernel, and so do rotary tables and slots.
 """
 
 from __future__ import annotations
+
+import contextlib
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,11 +16,13 @@ from torch import Tensor
 from dsa_kernels import token_slots
 from dsa_kernels.paged_cache import PAGE_SIZE
 
-from .attention import Paging
+from .attention import LayerCache, Paging, Step
 from .cache import PagedCache, Pages
+from .decoder import DecoderLayer
 from .model import KeyeVL
 
 SMALLEST_WIDTH = 4096  # keys; widths double up to the model's context
+MOST_GRAPHS = 256  # of one process that torch.compile makes code for
 
 
 class DecodeInputs:
@@ -66,11 +72,15 @@ class DecodeBuffers:
 
 
 class DecodeGraphs:
-    def __init__(self, model: KeyeVL, cache: PagedCache, *, dense: bool = False) -> None:
-        self.model, self.cache, self.dense = model, cache, dense
+    def __init__(
+        self, model: KeyeVL, cache: PagedCache, *, dense: bool = False, compile: bool = False
+    ) -> None:
+        self.model, self.cache, self.dense, self.compile = model, cache, dense, compile
         self.device = cache.k.device
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, DecodeBuffers]] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        compiled = partial(torch.compile, dynamic=False, fullgraph=True, disable=not compile)
+        self.prepare, self.run_layer = compiled(prepare), compiled(run_layer)
 
     def run(self, input_ids: list[int], positions: list[int], pages: list[Pages], lengths: list[int]) -> Tensor:  # fmt: skip
         """Logits [n, V] float32 of one new token of each of n requests; valid until the next call.
@@ -108,12 +118,23 @@ class DecodeGraphs:
 
     @torch.no_grad()
     def forward(self, buffers: DecodeBuffers, width: int) -> None:
-        inputs, batch = buffers.inputs, len(buffers.logits)
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=self.device)
-        slots = token_slots(inputs.page_table, cu_seqlens, inputs.lengths, batch)
-        paging = Paging(inputs.page_table, inputs.lengths, slots, num_decodes=batch)
-        step = self.model.step(
-            inputs.positions, cu_seqlens, cu_seqlens, width, paging=paging, dense=self.dense
-        )
-        hidden = self.model.decode(inputs.input_ids, step, self.cache.layers)
-        buffers.logits.copy_(self.model.head(hidden))
+        model, inputs = self.model, buffers.inputs
+        limit = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS)
+        with limit if self.compile else contextlib.nullcontext():
+            step = self.prepare(model, inputs, width, self.dense)
+            x = model.decoder.embed(inputs.input_ids)
+            for layer, cache in zip(model.decoder.layers, self.cache.layers):
+                x = self.run_layer(layer, x, step, cache)
+        buffers.logits.copy_(model.head(model.decoder.norm(x)))
+
+
+def prepare(model: KeyeVL, inputs: DecodeInputs, width: int, dense: bool) -> Step:
+    batch = len(inputs.lengths)
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=inputs.lengths.device)
+    slots = token_slots(inputs.page_table, cu_seqlens, inputs.lengths, batch)
+    paging = Paging(inputs.page_table, inputs.lengths, slots, num_decodes=batch)
+    return model.step(inputs.positions, cu_seqlens, cu_seqlens, width, paging=paging, dense=dense)
+
+
+def run_layer(layer: DecoderLayer, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
+    return layer(x, step, cache)[0]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import dsa_kernels
 
 from .config import KeyeConfig
+from .linear import product
 
 
 class Balance(NamedTuple):
@@ -43,6 +44,6 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Balance]:
         weights, ids, counts, prob_sum = dsa_kernels.moe_router(
-            self.router(x), self.topk, normalize=self.normalize
+            product(x, self.router.weight), self.topk, normalize=self.normalize
         )
         return self.experts(x, weights, ids), Balance(counts, prob_sum)

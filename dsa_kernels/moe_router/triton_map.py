@@ -101,7 +101,7 @@ def routing_map(ids, num_experts):
     if n == 0:
         return offsets.zero_(), row_token, slot_row
     padded_experts = triton.next_power_of_2(num_experts)
-    chunk = min(max(ONE_HOT // padded_experts, 16), MIN_BLOCK)
+    chunk = max(min(ONE_HOT // padded_experts, MIN_BLOCK, triton.next_power_of_2(n)), 16)
     single = n <= SINGLE_SLOTS
     block_size = n if single else max(triton.cdiv(n, MAX_BLOCKS), MIN_BLOCK)
     block_size = triton.cdiv(block_size, chunk) * chunk

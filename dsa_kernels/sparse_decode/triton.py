@@ -20,7 +20,7 @@ from ..triton_sequences import boundary_block
 
 SPLIT = {torch.bfloat16: 128, torch.float32: 32}  # entries a program
 PARTIAL_WARPS = 4
-COMBINE_WARPS = 2
+COMBINE_WARPS = 4
 COMBINE_BLOCK = 16  # splits combined at once
 PAGE = tl.constexpr(64)
 
@@ -94,22 +94,23 @@ def sparse_decode_combine_kernel(partial, highest, total, out, lse, num_splits, 
     first = row * num_splits
     d = tl.arange(0, D)
     m = tl.full([], -float("inf"), tl.float32)
-    for base in range(0, num_splits, BLOCK):
-        split = base + tl.arange(0, BLOCK)
-        parts = tl.load(highest + first + split, mask=split < num_splits, other=-float("inf"))
-        m = tl.maximum(m, tl.max(parts))
-    shift = tl.where(m == -float("inf"), 0.0, m)
-    acc = tl.zeros([D], tl.float32)
     weight = tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([D], tl.float32)
     for base in range(0, num_splits, BLOCK):
         split = base + tl.arange(0, BLOCK)
         inside = split < num_splits
-        factor = tl.exp2(tl.load(highest + first + split, mask=inside, other=-float("inf")) - shift)
-        weight += tl.sum(factor * tl.load(total + first + split, mask=inside, other=0.0))
+        logits = tl.load(highest + first + split, mask=inside, other=-float("inf"))
+        totals = tl.load(total + first + split, mask=inside, other=0.0)
         parts = tl.load(
             partial + (first + split)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0
         )
-        acc += tl.sum(factor[:, None] * parts, 0)
+        top = tl.maximum(m, tl.max(logits))
+        shift = tl.where(top == -float("inf"), 0.0, top)
+        factor = tl.exp2(logits - shift)
+        before = tl.exp2(m - shift)
+        weight = weight * before + tl.sum(factor * totals)
+        acc = acc * before + tl.sum(factor[:, None] * parts, 0)
+        m = top
     seen = weight != 0.0
     weight = tl.where(seen, weight, 1.0)
     tl.store(out + row * D + d, (acc / weight).to(out.dtype.element_ty))

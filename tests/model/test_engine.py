@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from keye_model import Engine, Prompt, SamplingParams
 from keye_model.cache import PAGE_SIZE, OutOfPages, PagedCache, Pages, pages_for
-from keye_model.graphs import DecodeBuffers
+from keye_model.graphs import DecodeBuffers, DecodeGraphs
 from keye_model.sampling import choose
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -108,12 +108,35 @@ def test_inputs_of_a_graph():
     assert (inputs.page_table[:, 3:] == -1).all()
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_compiled_steps_are_the_same(dense):
+    model = tiny.model()
+    ids, positions = [5, 6, 7], [130, 20, 64]
+    pages = [Pages("i", row) for row in ([3, 7, 9], [1], [8, 2])]
+    results = []
+    for compile in (False, True):
+        cache = PagedCache(model.config, 10, "cpu", torch.float32)
+        random = torch.Generator().manual_seed(0)
+        for part in (cache.k, cache.v):
+            part.normal_(generator=random)
+        graphs = DecodeGraphs(model, cache, dense=dense, compile=compile)
+        buffers = DecodeBuffers(4, 4096, model.config.vocab_size, cache.k.device)
+        buffers.fill(ids, positions, pages, [n + 1 for n in positions])
+        graphs.forward(buffers, 4096)
+        results.append((buffers.logits[:3], *cache.parts()))
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
-def test_graphs_decode_like_plain_calls():
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("requests", [1, 3])
+def test_graphs_decode_like_plain_calls(requests, compile):
     model = tiny.model("cuda")
-    prompts = [text_prompt(n, i) for i, n in enumerate([150, 3, 64])]
+    prompts = [text_prompt(n, i) for i, n in enumerate([150, 3, 64][:requests])]
     params = SamplingParams(max_new_tokens=30, ignore_eos=True)
-    plain, graphs = (Engine(model, 20, graphs=g).generate(prompts, params) for g in (False, True))
+    plain = Engine(model, 20, graphs=False).generate(prompts, params)
+    graphs = Engine(model, 20, compile=compile).generate(prompts, params)
     for (a,), (b,) in zip(plain, graphs):
         assert a.tokens == b.tokens
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-3, atol=1e-3)  # fmt: skip
