@@ -52,6 +52,25 @@ void allow_large_clusters(Kernel* kernel) {
                     "no clusters of 16 blocks");
 }
 
+// How many clusters of `cluster` blocks run at the same time.
+template <class Kernel>
+int active_clusters(Kernel* kernel, int threads, int shared_bytes, int cluster) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = cluster;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int count = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    STD_TORCH_CHECK(error == cudaSuccess,
+                    "cudaOccupancyMaxActiveClusters: ", cudaGetErrorString(error));
+    return count;
+}
+
 // Launches kernel(arguments...) in clusters of `cluster` blocks, so that it may start while the
 // kernel before it in the stream ends; it must wait for that one before it reads or writes.
 template <class... Arguments>

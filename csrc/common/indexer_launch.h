@@ -44,11 +44,10 @@ inline CUtensorMap paged_keys(IndexerScoreParams& p, const Tensor& index_cache,
     p.table_stride = page_table.stride(0);
     p.num_pages = static_cast<int32_t>(index_cache.sizes()[0]);
     p.width = static_cast<int32_t>(page_table.sizes()[1] * kKeys);
-    constexpr cuuint64_t kRow = 128;
-    const auto page = static_cast<cuuint64_t>(kKeys * (dim + 4));
-    const cuuint64_t sizes[] = {kRow, page / kRow, static_cast<cuuint64_t>(p.num_pages)};
-    const cuuint64_t strides[] = {kRow, page};
-    const cuuint32_t box[] = {kRow, static_cast<cuuint32_t>(kKeys * dim / kRow), 1};
+    const auto row = static_cast<cuuint64_t>(dim), page = kKeys * (row + 4);
+    const cuuint64_t sizes[] = {row, kKeys, static_cast<cuuint64_t>(p.num_pages)};
+    const cuuint64_t strides[] = {row, page};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(dim), kKeys, 1};
     return byte_tensor_map(index_cache.data_ptr(), 3, sizes, strides, box);
 }
 

@@ -23,6 +23,7 @@ namespace dsa {
 
 constexpr int kKeys = 64;  // of a product, and of a page
 constexpr int kTileKeys = 2 * kKeys;
+constexpr int kRowStep = 8;  // keys from one row of a thread's products to the other
 constexpr int kWarpgroups = 2;
 constexpr int kScorerRegisters = 232, kLoaderRegisters = 40;  // of 168 at the start
 constexpr int kScoreThreads = 128 * kWarpgroups;
@@ -46,14 +47,7 @@ struct IndexerShape {
     static constexpr int kLaneHeads = kHeads / kLanesPerToken;
     static constexpr int kStages = kFew ? 512 / kDim : 3;
 
-    // Pages come in rows of 128 bytes, of 64 dimensions two keys each. The products are then of the
-    // even keys of a tile and of the odd ones, else of its halves.
-    static constexpr int kKeyRow = kPaged ? 128 : kDim;
-    static constexpr bool kPairs = kKeyRow > kDim;
-    static constexpr int kHalfBytes = kKeys * kDim;                   // of a tile
-    static constexpr int kProductBytes = kPairs ? kDim : kHalfBytes;  // from one to the other,
-    static constexpr int kProductKeys = kPairs ? 1 : kKeys;
-    static constexpr int kRowStep = kPairs ? 16 : 8;  // keys from one row of a thread to the other
+    static constexpr int kHalfBytes = kKeys * kDim;  // of a tile
 
     // Of lane `quad` of a quad: its tokens are token(quad, 0) ..., its heads begin at
     // first_head(quad).
@@ -303,31 +297,28 @@ struct Scorer {
         }
     }
 
-    // This thread's first key in a tile.
-    __device__ int own_key() const { return Shape::kPairs ? row / 32 * kKeys + row % 32 * 2 : row; }
-
     // Calls consume(scores) for each product of each tile of this warpgroup.
     template <class Consume>
     __device__ void score(const IndexerScoreParams& p, ScoreStorage<Shape>& s, const TokenRun& run,
                           TileRange tiles, const Consume& consume) {
-        Products even, odd;
-        int key = tiles.key(tiles.first + group) + own_key();
+        Products first, second;
+        int key = tiles.key(tiles.first + group) + row;
         Scales ahead[2] = {packed_scales(p, run, key), packed_scales(p, run, key + kKeys)};
         const auto start = [&](Products& products, int product) {
             const uint32_t keys =
-                shared_address(s.keys[group][position.stage]) + product * Shape::kProductBytes;
+                shared_address(s.keys[group][position.stage]) + product * Shape::kHalfBytes;
             const uint32_t queries = shared_address(s.queries);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < Shape::kDim; k += 32)
-                wgmma_e4m3(products, matrix_descriptor(keys + k, Shape::kKeyRow),
+                wgmma_e4m3(products, matrix_descriptor(keys + k, Shape::kDim),
                            matrix_descriptor(queries + k, Shape::kDim), k > 0);
             wgmma_commit();
         };
         for (int tile = tiles.first + group; tile < tiles.last; tile += kWarpgroups) {
             mbarrier_wait(&s.full[group][position.stage], position.parity);
-            start(even, 0);
-            start(odd, 1);
+            start(first, 0);
+            start(second, 1);
             const int next = key + tiles.key(kWarpgroups);
             Scales now[2] = {ahead[0], ahead[1]};
             if constexpr (Shape::kPaged) {
@@ -338,12 +329,12 @@ struct Scorer {
                 ahead[1] = packed_scales(p, run, next + kKeys);
             }
             wgmma_wait<1>();
-            wgmma_pin(even);
-            consume(sum(even, now[0], key, 0));
+            wgmma_pin(first);
+            consume(sum(first, now[0], key, 0));
             wgmma_wait<0>();
-            wgmma_pin(odd);
+            wgmma_pin(second);
             release(s);
-            consume(sum(odd, now[1], key, 1));
+            consume(sum(second, now[1], key, 1));
             key = next;
         }
     }
@@ -361,21 +352,21 @@ struct Scorer {
     __device__ Scales packed_scales(const IndexerScoreParams& p, const TokenRun& run, int key) {
         const float* scale = p.key_scale + run.first_key + key;
         return {{!Shape::kPaged && key < run.keys ? scale[0] : 0.0f,
-                 !Shape::kPaged && key + 8 < run.keys ? scale[8] : 0.0f},
+                 !Shape::kPaged && key + kRowStep < run.keys ? scale[kRowStep] : 0.0f},
                 true};
     }
 
     __device__ Scales paged_scales(const ScoreStorage<Shape>& s, int product) {
-        const int key = own_key() + product * Shape::kProductKeys;
+        const int key = row + product * kKeys;
         const float* scale = s.scales[group][position.stage] + key;
-        return {{scale[0], scale[Shape::kRowStep]}, s.exists[group][position.stage][key / kKeys]};
+        return {{scale[0], scale[kRowStep]}, s.exists[group][position.stage][product]};
     }
 
     // The weighted sums over heads of one of the products of a tile, whose first own key is `key`.
     __device__ Scores sum(const Products& products, const Scales& scales, int key, int product) {
         Scores result;
-        result.key = key + product * Shape::kProductKeys;
-        result.end = key - own_key() + (Shape::kPairs || product == 1 ? kTileKeys : kKeys);
+        result.key = key + product * kKeys;
+        result.end = key - row + (product + 1) * kKeys;
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
             float sum[2] = {0.0f, 0.0f};

@@ -182,6 +182,15 @@ __device__ __forceinline__ void shared_store(uint32_t address, float first, int 
         : "memory");
 }
 
+// 9.7.9.11 st: two words to an address in global memory where `active`, without a branch.
+__device__ __forceinline__ void global_store(void* pointer, float first, int second, bool active) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2}; }" ::"l"(
+            pointer),
+        "r"(__float_as_int(first)), "r"(second), "r"(int{active})
+        : "memory");
+}
+
 // 9.7.15.5 the descriptor of a K-major operand in shared memory whose rows are `row_bytes` long, 64
 // or 128, swizzled over as many bytes, in groups of 8 rows.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int row_bytes) {

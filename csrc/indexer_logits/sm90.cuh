@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                 for (int a = 0; a < Shape::kLaneTokens; ++a)
 #pragma unroll
                     for (int r = 0; r < 2; ++r)
-                        if (scores.key + Shape::kRowStep * r < seen[a])
-                            row[a][scores.key + Shape::kRowStep * r] = scores.score[a][r];
+                        if (scores.key + kRowStep * r < seen[a])
+                            row[a][scores.key + kRowStep * r] = scores.score[a][r];
             });
         }
     }

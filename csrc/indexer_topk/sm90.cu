@@ -1,7 +1,7 @@
 // indexer_topk on Hopper, the launches. Where many tokens see many keys one kernel scores and
-// selects (sm90.cuh). Few tokens leave its blocks without work, and for few keys its selection is
-// most of the time: there the kernels of indexer_logits and topk_select follow each other, for as
-// many tokens at a time as have room for their scores in the workspace.
+// selects (sm90.cuh). Few tokens, as those of a paged cache, leave its blocks without work, and for
+// few keys its selection is most of the time: there the kernels of indexer_logits and topk_select
+// follow each other, for as many tokens at a time as have room for their scores in the workspace.
 #include <algorithm>
 
 #include "common/indexer_launch.h"
@@ -25,7 +25,7 @@ void launch(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& like, cu
     p.capacity = static_cast<int32_t>(
         std::min<int64_t>({in_workspace, in_shared, kLargestCapacity}) / 4 * 4);
     p.front = (p.topk + 3) / 4 * 4;
-    STD_TORCH_CHECK(p.capacity - p.front >= kScoreWarps * kFewestRounds * kWarpKeys,
+    STD_TORCH_CHECK(p.capacity - p.front >= kSegments * (kFewestRounds * kThreadKeys + 1),
                     "topk: no room for the candidates of ", p.topk);
 
     const int64_t entries = int64_t{blocks} * Shape::kTokens * p.capacity;
@@ -41,7 +41,7 @@ void launch(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& like, cu
 }
 
 // How many tokens' scores have room in the workspace.
-int64_t tokens_at_once(const IndexerTopkParams& p) {
+int64_t tokens_with_room(const IndexerTopkParams& p) {
     return kWorkspaceBytes / (sizeof(float) * (int64_t{p.width} + 1));
 }
 
@@ -51,12 +51,15 @@ bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
     const int64_t block = heads <= 16 ? 8 : 128 / heads, wave = num_multiprocessors() * block;
     const double waves = static_cast<double>((p.tokens + wave - 1) / wave);
     const double two_steps = (0.6e-5 + 3.6e-5 / block) * p.tokens * p.width;
-    return tokens_at_once(p) > 0 && two_steps < waves * (130 + 4.3e-3 * p.width);
+    return tokens_with_room(p) > 0 && two_steps < waves * (130 + 4.3e-3 * p.width);
 }
 
 void score_then_select(const IndexerTopkParams& p, const CUtensorMap& map, bool paged,
                        const Tensor& q, cudaStream_t stream) {
-    const int64_t at_once = std::min<int64_t>(tokens_at_once(p), p.tokens);
+    const int64_t room = tokens_with_room(p);
+    STD_TORCH_CHECK(room > 0, "max_seqlen_k: no room for the scores of ", p.width, " keys");
+    const int64_t parts = (p.tokens + room - 1) / room;
+    const int64_t at_once = (p.tokens + parts - 1) / parts;
     Tensor scores = torch::stable::new_empty(q, {at_once, p.width}, ScalarType::Float);
     Tensor visible = torch::stable::new_empty(q, {at_once}, ScalarType::Int);
     IndexerLogitsParams score{p};
@@ -89,13 +92,11 @@ Tensor select(IndexerTopkParams& p, const CUtensorMap& map, bool paged, const Te
     p.topk = static_cast<int32_t>(topk);
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     const cudaStream_t stream = current_stream(q);
-    const auto run = [&]<class Shape>() { launch<Shape>(p, map, q, stream); };
-    if (in_two_steps(p, q.sizes()[1])) {
+    const auto in_one_step = [&]<class Shape>() { launch<Shape>(p, map, q, stream); };
+    if (paged || in_two_steps(p, q.sizes()[1])) {
         score_then_select(p, map, paged, q, stream);
-    } else if (paged) {
-        with_indexer_shape<true, false>(q.sizes()[1], q.sizes()[2], run);
     } else {
-        with_indexer_shape<false, false>(q.sizes()[1], q.sizes()[2], run);
+        with_indexer_shape<false, false>(q.sizes()[1], q.sizes()[2], in_one_step);
     }
     return indices;
 }

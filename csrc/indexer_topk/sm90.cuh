@@ -2,8 +2,9 @@
 // the selection of common/candidates.cuh.
 //
 // A block of threads owns 8 tokens (at 16 heads) and walks all their keys. A score that beats its
-// token's bound is appended to the token's list of candidates, which lies in L2; every warp has a
-// segment of its own in each list, so an append is a ballot and a store, without atomics. The
+// token's bound is appended to the token's list of candidates, which lies in L2; every thread has a
+// segment of its own in the lists of its tokens, so an append is a comparison and two predicated
+// instructions, a store and a count: no ballot, no atomics, no branch. The
 // bounds are guesses from a sample of the keys, 1024 to 4096 in tiles spread over the sequence: at
 // 131072 keys and topk = 2048 about 3500 pass. After the last key a warpgroup gathers a list in
 // shared memory, selects, and writes the set in order through a bitmap; two lists at a time.
@@ -25,8 +26,8 @@
 
 namespace dsa {
 
-constexpr int kScoreWarps = kScoreThreads / 32;
-constexpr int kWarpKeys = 32;     // of a tile: the most that a warp appends to a list
+constexpr int kSegments = kScoreThreads / 4;  // of a list: a quad scores a key for all tokens
+constexpr int kThreadKeys = 4;    // of a tile: the most that a thread appends to a list
 constexpr int kFewestRounds = 2;  // tiles a warpgroup that are worth going on for without a cut
 constexpr int kBitmapWords = 4096;
 constexpr int kFewestSampled = 8, kMostSampled = 32;  // tiles
@@ -36,21 +37,24 @@ struct alignas(1024) TopkStorage {
     ScoreStorage<Shape> score;
     uint32_t bitmap[kWarpgroups][kBitmapWords];
     SelectScratch scratch[kWarpgroups];
-    int appended[kScoreWarps][Shape::kTokens];  // those that found no room included
-    int front[Shape::kTokens];                  // candidates before the segments
+    int appended[Shape::kTokens][kSegments];  // those that found no room included
+    int front[Shape::kTokens];                // candidates before the segments
     float bound[Shape::kTokens];
     uint32_t again;  // tokens whose bound was not right
     int block;
     alignas(16) uint8_t lists[];  // [kWarpgroups][capacity] candidates
 };
 
-// The segments of a list: warp w appends from entry begin + w * size on.
+// The segments of a list: number i is appended to from entry begin + i * size on. Its last entry
+// takes what finds no room.
 struct Segments {
     int begin;
     int size;
 
     __device__ Segments(const IndexerTopkParams& p, bool with_front)
-        : begin(with_front ? p.front : 0), size((p.capacity - begin) / kScoreWarps / 4 * 4) {}
+        : begin(with_front ? p.front : 0), size((p.capacity - begin) / kSegments) {}
+
+    __device__ int room() const { return size - 1; }
 };
 
 // How the keys of a run are walked.
@@ -60,7 +64,7 @@ struct RunPlan {
 
     __device__ RunPlan(const IndexerTopkParams& p, const TokenRun& run)
         : sample{0, 0}, all{0, run.tiles()} {
-        const int room = Segments(p, false).size * kWarpgroups / kWarpKeys;
+        const int room = Segments(p, false).room() / kThreadKeys * kWarpgroups;
         const int tiles = min(min(max(all.last / 32, kFewestSampled), kMostSampled), room);
         if (all.last >= 2 * tiles && tiles > 0) sample = {0, tiles, all.last / tiles};
     }
@@ -88,19 +92,22 @@ struct GatheredList {
           scratch(s.scratch[threadIdx.x / 128]),
           entries(reinterpret_cast<Candidate*>(s.lists) + threadIdx.x / 128 * p.capacity) {
         const Candidate* list = list_of<Shape>(p, t);
+        const int front = s.front[t], lane = group.lane(), room = segments.room();
+        // Two segments a lane.
+        const int2 appended = reinterpret_cast<const int2*>(s.appended[t])[lane];
+        const int one = min(appended.x, room), both = one + min(appended.y, room);
+        const int up_to = sum_up_to(group, both), place = front + up_to - both;
+        total = front + __shfl_sync(~0u, up_to, 31);
+        whole = __all_sync(~0u, max(appended.x, appended.y) <= room);
         group.sync();  // the last list is done with
-        const auto gather = [&](const Candidate* from, int count) {
-            // whoever comes after the last one before, so that all get as many
-            for (int i = (group.thread - total) & 127; i < count; i += 128)
-                copy_async(entries + total + i, from + i);
-            total += count;
-        };
-        gather(list, s.front[t]);
+        for (int i = group.thread; i < front; i += 128) copy_async(entries + i, list + i);
+        list += segments.begin;
 #pragma unroll 1
-        for (int w = 0; w < kScoreWarps; ++w) {
-            const int appended = s.appended[w][t], count = min(appended, segments.size);
-            whole = whole && appended == count;
-            gather(list + segments.begin + w * segments.size, count);
+        for (int i = group.warp(); i < kSegments; i += 4) {
+            const int at = __shfl_sync(~0u, i % 2 ? place + one : place, i / 2);
+            const int n = __shfl_sync(~0u, i % 2 ? both - one : one, i / 2);
+            for (int j = lane; j < n; j += 32)
+                copy_async(entries + at + j, list + i * segments.size + j);
         }
         copy_async_wait();
         group.sync();
@@ -145,18 +152,18 @@ __device__ void settle_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
 template <class Shape>
 struct Appender {
     static constexpr int kOwn = Shape::kLaneTokens;
-    int count[kOwn];  // in this warp's segment, those that found no room included
+    int count[kOwn];  // in this thread's segment, those that found no room included
     int seen[kOwn];   // keys of the token; 0 if it takes no part, or is another lane's
     float bound[kOwn];
     int room;            // of the segment
     int whole;           // keys that all tokens of the block see
-    Candidate* segment;  // this warp's, in the list of the first own token
+    Candidate* segment;  // this thread's, in the list of the first own token
 
     __device__ void start(const IndexerTopkParams& p, const TopkStorage<Shape>& s, int quad,
                           uint32_t tokens, const Segments& segments) {
         const int own = Shape::token(quad, 0);
-        segment = list_of<Shape>(p, own) + segments.begin + threadIdx.x / 32 * segments.size;
-        room = segments.size;
+        segment = list_of<Shape>(p, own) + segments.begin + threadIdx.x / 4 * segments.size;
+        room = segments.room();
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
             const bool mine = tokens >> (own + a) & 1 && quad % Shape::kLanesPerToken == 0;
@@ -181,27 +188,16 @@ struct Appender {
     template <bool kWhole>
     __device__ void append(const IndexerTopkParams& p,
                            const typename Scorer<Shape>::Scores& scores) {
-        const uint32_t quad_lanes = 0x11111111u << (threadIdx.x % 4);
-        const uint32_t below = quad_lanes & ((1u << (threadIdx.x % 32)) - 1);
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
-            bool pass[2];
-            uint32_t ballot[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                pass[r] = passes(scores.score[a][r], bound[a]) &&
-                          (kWhole || scores.key + Shape::kRowStep * r < seen[a]);
-                ballot[r] = __ballot_sync(~0u, pass[r]);
+                const float score = scores.score[a][r];
+                const int key = scores.key + kRowStep * r;
+                const bool pass = passes(score, bound[a]) && (kWhole || key < seen[a]);
+                global_store(segment + a * p.capacity + min(count[a], room), score, key, pass);
+                count[a] += pass;
             }
-            if ((ballot[0] | ballot[1]) == 0) continue;
-            const int first = count[a] + __popc(ballot[0] & below);
-            count[a] += __popc(ballot[0] & quad_lanes);
-            const int second = count[a] + __popc(ballot[1] & below);
-            count[a] += __popc(ballot[1] & quad_lanes);
-            Candidate* list = segment + a * p.capacity;
-            if (pass[0] && first < room) list[first] = {scores.score[a][0], scores.key};
-            if (pass[1] && second < room)
-                list[second] = {scores.score[a][1], scores.key + Shape::kRowStep};
         }
     }
 };
@@ -225,19 +221,19 @@ __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Sc
     appender.start(p, s, scorer.quad, tokens, Segments(p, false));
     while (true) {
         scorer.score(p, s.score, run, tiles, [&](const auto& scores) { appender(p, scores); });
-        if (scorer.lane < 4 && scorer.quad % Shape::kLanesPerToken == 0) {
+        if (scorer.quad % Shape::kLanesPerToken == 0) {
 #pragma unroll
             for (int a = 0; a < Shape::kLaneTokens; ++a)
-                s.appended[threadIdx.x / 32][Shape::token(scorer.quad, a)] = appender.count[a];
+                s.appended[Shape::token(scorer.quad, a)][threadIdx.x / 4] = appender.count[a];
         }
         meet();
         const bool last = pass != Pass::kSample && tiles.last == plan.all.last;
         int rounds = 0;  // tiles a warpgroup that a certain pass can go on for
         if (pass == Pass::kCertain) {
             int fullest = 0;
-            for (int i = scorer.lane; i < kScoreWarps * Shape::kTokens; i += 32)
+            for (int i = scorer.lane; i < kSegments * Shape::kTokens; i += 32)
                 fullest = max(fullest, (&s.appended[0][0])[i]);
-            rounds = (appender.room - __reduce_max_sync(~0u, fullest)) / kWarpKeys;
+            rounds = (appender.room - __reduce_max_sync(~0u, fullest)) / kThreadKeys;
         }
         if (last || rounds < kFewestRounds) {
 #pragma unroll 1
@@ -262,7 +258,7 @@ __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Sc
                 continue;
             }
             appender.start(p, s, scorer.quad, tokens, Segments(p, true));
-            rounds = appender.room / kWarpKeys;
+            rounds = appender.room / kThreadKeys;
         } else {
             meet();  // before the counts are written again
         }

@@ -31,6 +31,7 @@ struct Row {
     // All columns are the set if there are at most topk; by `threads` threads.
     __device__ bool take_all(int topk, int thread, int threads) const {
         if (length() > topk) return false;
+#pragma unroll 1
         for (int i = thread; i < topk; i += threads) out[i] = i < length() ? i : -1;
         return true;
     }

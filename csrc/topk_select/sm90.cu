@@ -2,6 +2,9 @@
 // no workspace. Few rows and short ones stay in shared memory (resident.cuh), the others stream
 // through it (streamed.cuh).
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "common/cuda.h"
 #include "topk_select/launch.h"
@@ -13,37 +16,59 @@ namespace {
 
 constexpr int kShortColumns = 16384;
 
-// Columns of a block, if a cluster of `blocks` shares a row of so many; begun at any address.
-int64_t slice_columns(int64_t width, int blocks) {
-    const int64_t columns = width + 16 / 2 - 1;
-    return (columns + kSliceColumns * blocks - 1) / (kSliceColumns * blocks) * kSliceColumns;
+// Of a row of `width` columns that begins at any address.
+Slice slice_of(int width, int blocks) { return {width + 16 / 2 - 1, blocks}; }
+
+int resident_bytes(int width, int blocks) {
+    const int keys = kResidentThreads * slice_of(width, blocks).stride();
+    return sizeof(ResidentStorage) + sizeof(uint4) * keys;
 }
 
-int64_t resident_bytes(int64_t width, int blocks) {
-    return sizeof(ResidentStorage) + 4 * slice_columns(width, blocks);
-}
-
-// The blocks that share a row in shared memory, 0 if it had better stream: as many as fit, or as
-// the GPU has to spare.
-int blocks_of_row(const TopkSelectParams& p) {
-    const int multiprocessors = num_multiprocessors();
-    int blocks = 1;
-    while (blocks < kMostBlocks && (resident_bytes(p.width, blocks) > kMostSharedBytes ||
-                                    (int64_t{p.rows} * 2 * blocks <= multiprocessors &&
-                                     slice_columns(p.width, blocks) > 4096)))
-        blocks *= 2;
-    const bool fits = resident_bytes(p.width, blocks) <= kMostSharedBytes;
-    const bool one_wave = int64_t{p.rows} * blocks <= multiprocessors;
-    return fits && (one_wave || p.width <= kShortColumns) ? blocks : 0;
+template <typename T>
+auto* resident_kernel(int blocks) {
+    return blocks == 1 ? topk_select_resident_kernel<T, false>
+                       : topk_select_resident_kernel<T, true>;
 }
 
 template <typename T>
 void launch_resident(const TopkSelectParams& p, int blocks, cudaStream_t stream) {
-    auto* kernel = topk_select_resident_kernel<T>;
-    const int shared = static_cast<int>(resident_bytes(p.width, blocks));
+    STD_TORCH_CHECK(p.topk <= kMostTopk, "topk: at most ", kMostTopk, ", not ", p.topk);
+    auto* kernel = resident_kernel<T>(blocks);
     allow_shared_memory(kernel, kMostSharedBytes);
     allow_large_clusters(kernel);
-    launch_after(stream, kernel, p.rows * blocks, kResidentThreads, shared, blocks, p);
+    launch_after(stream, kernel, p.rows * blocks, kResidentThreads,
+                 resident_bytes(p.width, blocks), blocks, p);
+}
+
+// How many rows the GPU holds at a time. (The blocks of a cluster lie in one GPC, and what is left
+// of it stays idle.)
+int rows_at_once(int width, int blocks) {
+    static std::mutex mutex;
+    static std::map<std::pair<int, int>, int> known;
+    const int bytes = resident_bytes(width, blocks);
+    const std::lock_guard lock(mutex);
+    const auto [entry, is_new] = known.try_emplace({bytes, blocks});
+    if (is_new) {
+        auto* kernel = resident_kernel<float>(blocks);
+        allow_shared_memory(kernel, kMostSharedBytes);
+        allow_large_clusters(kernel);
+        entry->second = active_clusters(kernel, kResidentThreads, bytes, blocks);
+    }
+    return entry->second;
+}
+
+// The blocks that share a row in shared memory, 0 if it had better stream. Long rows stay there
+// only where all of them fit at once; few of them take as many blocks as the GPU has to spare.
+int blocks_of_row(const TopkSelectParams& p) {
+    for (int blocks = 1; blocks <= kMostBlocks; blocks *= 2) {
+        if (resident_bytes(p.width, blocks) > kMostSharedBytes) continue;
+        if (p.width > kShortColumns && p.rows > rows_at_once(p.width, blocks)) continue;
+        while (blocks < kMostBlocks && int64_t{p.rows} * 2 * blocks <= num_multiprocessors() &&
+               slice_of(p.width, blocks).columns() > 4096)
+            blocks *= 2;
+        return blocks;
+    }
+    return 0;
 }
 
 template <typename T>
