@@ -16,15 +16,15 @@ FP8 = torch.float8_e4m3fn
 
 
 def inputs(tokens, heads, dim, dtype=torch.float32, device="cpu"):
-    """The flat arguments of the op; q, gate and k are splits of one projection."""
-    width = heads * dim
-    projection = torch.randn(tokens, width + heads + dim, device=device).to(dtype)
-    q, gate, k = projection.split([width, heads, dim], 1)
+    """The flat arguments of the op; q, gate and k are splits of one projection, each begun at a multiple of 16 bytes."""
+    width, room = heads * dim, (heads + 7) // 8 * 8
+    projection = torch.randn(tokens, width + room + dim, device=device).to(dtype)
+    q, gate, k = projection.split([width, room, dim], 1)
     q_weight, k_weight = 0.5 + torch.rand(2, dim, device=device)
     k_bias = 0.1 * torch.randn(dim, device=device)
     angle = 6 * torch.rand(tokens, dim // 2, device=device)
     return (
-        q.unflatten(1, (heads, dim)), k, gate, q_weight, k_weight, k_bias, angle.cos(), angle.sin(), 1e-6,
+        q.unflatten(1, (heads, dim)), k, gate[:, :heads], q_weight, k_weight, k_bias, angle.cos(), angle.sin(), 1e-6,
     )  # fmt: skip
 
 
@@ -90,7 +90,8 @@ def check_against_reference(args, result):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    "tokens, heads, dim", [(1, 16, 64), (40, 4, 64), (33, 3, 32), (17, 5, 128)]
+    "tokens, heads, dim",
+    [(1, 16, 64), (40, 4, 64), (33, 3, 32), (17, 5, 128), (5, 64, 64), (67, 1, 128)],
 )
 def test_against_reference(tier, tokens, heads, dim, dtype):
     args = inputs(tokens, heads, dim, dtype, tier.device)
@@ -312,6 +313,46 @@ def test_same_bits_whatever_the_batch(tier):
     assert_same_bits(together, [torch.cat([x.view(torch.uint8) for x in p]).view(p[0].dtype) for p in zip(*parts)])  # fmt: skip
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "tokens, heads, dim", [(20011, 16, 64), (40009, 4, 64), (4999, 64, 32), (9001, 16, 128)]
+)
+def test_same_bits_in_a_large_batch(name, tokens, heads, dim, dtype):
+    """Large enough for the form with more elements a lane, and for several rounds of a block."""
+    args = inputs(tokens, heads, dim, dtype, "cuda")
+    q, k, gate, *weights, cos, sin, eps = args
+    slots = torch.randperm(2 * tokens, device="cuda")[:tokens] - 64
+    cache = random_cache(tokens // 64, dim, "cuda")
+    expected = cache.clone()
+    with dsa_kernels.use(name):
+        together = prepare(args, index_cache=cache, slots=slots)
+        for i in (slice(0, 1), slice(1, 38), slice(tokens - 500, tokens)):
+            part = prepare((q[i], k[i], gate[i], *weights, cos[i], sin[i], eps))
+            assert_same_bits([x[i] for x in together], part)
+    check_against_reference(args, together)
+    with dsa_kernels.use("triton"):
+        write_index_cache(together[2], together[3], expected, slots)
+    assert_same_bits([cache], [expected])
+
+
+def test_rows_that_are_not_aligned(tier):
+    """Splits of a projection of odd width: the CUDA kernel leaves them to Triton."""
+    args = list(inputs(9, 3, 64, torch.bfloat16, tier.device))
+    projection = torch.randn(9, 3 * 64 + 3 + 64, device=tier.device).bfloat16()
+    q, args[2], args[1] = projection.split([192, 3, 64], 1)
+    args[0] = q.unflatten(1, (3, 64))
+    with tier:
+        check_against_reference(args, prepare(args))
+    declines = dsa_kernels.registered_ops()[OP].table[0].declines
+    assert declines(*args) == "needs q and its rows aligned to 16 bytes"
+    args = inputs(9, 3, 64, torch.bfloat16, tier.device)
+    assert declines(*args) is None
+    cache, slots = random_cache(2, 64, tier.device)[:, 4:-60], torch.arange(9, device=tier.device)
+    assert declines(*args, cache, slots) == "needs index_cache and its rows aligned to 16 bytes"
+
+
 def test_a_perturbed_vector_is_noticed(tier):
     args = inputs(40, 4, 64, device=tier.device)
     with tier:
@@ -373,7 +414,7 @@ def test_cuda_graph_replay_with_other_inputs():
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["triton"])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_offsets_past_2_31(name):
     """Rows of q, k and gate 2^30 elements apart; the last page of a cache past 2^31 bytes."""
     small = inputs(4, 2, 64, torch.bfloat16, "cuda")

@@ -73,6 +73,12 @@ __device__ __forceinline__ void wait_for_kernels_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// 9.7.13.13 griddepcontrol.launch_dependents: the kernel after this one, if launched so, may start
+// once every block of this one has said this.
+__device__ __forceinline__ void let_next_kernel_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // 9.7.13.15 mbarrier.init and the fence that shows it to the asynchronous proxy.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -115,9 +121,15 @@ __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// 9.7.9.25 cp.async: 8 bytes into shared memory, and the wait for all of this thread.
+// 9.7.9.25 cp.async: 8 or 16 bytes into shared memory, and the wait for all of this thread.
 __device__ __forceinline__ void copy_async(void* target, const void* source) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(target)),
+                 "l"(source)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_async_16(void* target, const void* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
                  "l"(source)
                  : "memory");
 }

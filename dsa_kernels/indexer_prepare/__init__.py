@@ -71,8 +71,8 @@ def indexer_prepare(
     Exactness: scales and codes are exact functions of y. Two implementations sum the norms in different orders, so in
     bfloat16 an element of a step may be rounded the other way (0.05% of the vectors, C++ against PyTorch), which moves y
     by at most 2^-6 |y|_2 and most of its codes by at most one; so does Triton for strides that are multiples of 16 and
-    others. Bitwise deterministic; no host sync; CUDA-graph safe; T = 0
-    gives empty results; allocates the results alone.
+    others. Bitwise deterministic, whatever the batch around a vector; no host sync; CUDA-graph safe; T = 0 gives empty
+    results; allocates the results alone.
     """
     flat = (q, k, gate, norms.q_weight, norms.k_weight, norms.k_bias, cos, sin, norms.eps)
     if index_cache is None and slots is None:
@@ -137,11 +137,39 @@ def _fake(
 
 
 def _too_many_rows(q: Tensor, *rest: object) -> str | None:
-    rows = q.shape[0] * q.shape[1]
-    return None if rows < 2**31 - 2**16 else f"serves fewer than 2^31 query vectors, not {rows}"
+    rows = q.shape[0] * max(q.shape[1], 1)
+    return None if rows < 2**31 - 2**16 else f"serves fewer than 2^31 vectors, not {rows}"
 
 
-_table = [Implementation("triton", "triton", declines=_too_many_rows), CPU, REFERENCE]
+def _cuda_declines(
+    q: Tensor,
+    k: Tensor,
+    _gate: Tensor,
+    _q_weight: Tensor,
+    _k_weight: Tensor,
+    _k_bias: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    _eps: float,
+    index_cache: Tensor | None = None,
+    _slots: Tensor | None = None,
+) -> str | None:
+    moved_by_16 = {"q": q, "k": k, "cos": cos, "sin": sin}
+    if index_cache is not None:
+        moved_by_16["index_cache"] = index_cache
+    for name, x in moved_by_16.items():
+        steps = [step for step, size in zip(x.stride()[:-1], x.shape) if size > 1]
+        if x.data_ptr() % 16 or any(step * x.element_size() % 16 for step in steps):
+            return f"needs {name} and its rows aligned to 16 bytes"
+    return _too_many_rows(q)
+
+
+_table = [
+    Implementation("cuda", declines=_cuda_declines),
+    Implementation("triton", "triton", declines=_too_many_rows),
+    CPU,
+    REFERENCE,
+]
 _prepare = register("indexer_prepare", room=__name__, check=_check, fake=_fake, table=_table)
 _prepare_cached = register(
     "indexer_prepare_cached", room=__name__, check=_check_cached, fake=_fake, table=_table
