@@ -42,7 +42,7 @@ __device__ __forceinline__ float score_of(uint32_t key) {
 // Whether a score may still belong to the set: it beats the bound, or one of the two is NaN.
 __device__ __forceinline__ bool passes(float score, float bound) { return !(score <= bound); }
 
-// kSize threads that meet at a named barrier of their own.
+// kSize threads: a warp, or some that meet at a named barrier of their own.
 template <int kSize>
 struct ThreadGroup {
     static constexpr int kThreads = kSize;
@@ -50,7 +50,13 @@ struct ThreadGroup {
     int thread;   // of the group
     int barrier;  // its number
 
-    __device__ void sync() const { named_barrier_sync(barrier, kThreads); }
+    __device__ void sync() const {
+        if constexpr (kSize == 32) {
+            __syncwarp();
+        } else {
+            named_barrier_sync(barrier, kThreads);
+        }
+    }
     __device__ int lane() const { return thread % 32; }
     __device__ int warp() const { return thread / 32; }
     __device__ uint32_t lanes_below() const { return (1u << lane()) - 1; }
@@ -155,9 +161,33 @@ __device__ int sum_before(const Group& group, SelectScratch& s, int own, int& al
     return __reduce_add_sync(~0u, group.lane() < group.warp() ? warp_sum : 0) + inclusive - own;
 }
 
+// Which count, in the order of the lanes, reaches `wanted`: its lane, what is left of `wanted` there,
+// and the count. By a warp.
+template <class Group>
+__device__ Cut reach(const Group& group, int own, int wanted) {
+    const int before = sum_up_to(group, own) - own;
+    const uint32_t here = __ballot_sync(~0u, before < wanted && wanted <= before + own);
+    const int lane = __ffs(here) - 1;
+    return {static_cast<uint32_t>(lane), wanted - __shfl_sync(~0u, before, lane),
+            __shfl_sync(~0u, own, lane)};
+}
+
 // The bin, counted from the top, that holds the `wanted`-th value.
 template <class Group>
 __device__ Cut find_bin(const Group& group, SelectScratch& s, int wanted) {
+    if constexpr (Group::kWarps == 1) {  // the run of 32 bins, then the bin
+        static_assert(kBins == 32 * 32);
+        int run = 0;
+#pragma unroll 8
+        for (int i = 0; i < 32; ++i) {
+            const int sum = __reduce_add_sync(~0u, s.histogram[kBins - 32 * (i + 1) + group.lane()]);
+            if (i == group.lane()) run = sum;
+        }
+        const Cut outer = reach(group, run, wanted);
+        const int top = kBins - 1 - 32 * outer.value;
+        const Cut inner = reach(group, s.histogram[top - group.lane()], outer.wanted);
+        return {top - inner.value, inner.wanted, inner.count};
+    }
     constexpr int kOwnBins = kBins / Group::kThreads;  // bins of a thread
     int counts[kOwnBins], sum = 0, all;
     const int top = kBins - 1 - group.thread * kOwnBins;
@@ -314,10 +344,13 @@ __device__ void write_ascending(const Group& group, SelectScratch& s, const List
         const auto bits_of = [](uint4 w) {
             return __popc(w.x) + __popc(w.y) + __popc(w.z) + __popc(w.w);
         };
-        int bits = 0, all;
+        int place = 0, all = 0;
+        if constexpr (Group::kWarps > 1) {
+            int bits = 0;
 #pragma unroll 1
-        for (int i = 0; i < kRun; i += 128) bits += bits_of(four_words(i));
-        int place = __shfl_sync(~0u, sum_before(group, s, bits, all), 0);
+            for (int i = 0; i < kRun; i += 128) bits += bits_of(four_words(i));
+            place = __shfl_sync(~0u, sum_before(group, s, bits, all), 0);
+        }
 #pragma unroll 1
         for (int i = 0; i < kRun; i += 128) {
             const uint4 four = four_words(i);
@@ -332,7 +365,7 @@ __device__ void write_ascending(const Group& group, SelectScratch& s, const List
                 first += 32;
             }
         }
-        out += all;
+        out += Group::kWarps > 1 ? all : place;
         group.sync();
     }
 }

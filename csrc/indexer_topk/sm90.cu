@@ -18,12 +18,11 @@ constexpr int kLargestCapacity = 8192;  // of a list
 template <class Shape>
 void launch(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& like, cudaStream_t stream) {
     constexpr int kStorageBytes = sizeof(TopkStorage<Shape>) + 1024;
+    static_assert(kStorageBytes <= kMostSharedBytes);
     p.token_blocks = (p.tokens + Shape::kTokens - 1) / Shape::kTokens;
     const int blocks = std::min(p.token_blocks, num_multiprocessors());
     const int64_t in_workspace = kWorkspaceBytes / (8 * Shape::kTokens * blocks);
-    const int64_t in_shared = (kMostSharedBytes - kStorageBytes) / (8 * kWarpgroups);
-    p.capacity = static_cast<int32_t>(
-        std::min<int64_t>({in_workspace, in_shared, kLargestCapacity}) / 4 * 4);
+    p.capacity = static_cast<int32_t>(std::min<int64_t>(in_workspace, kLargestCapacity) / 4 * 4);
     p.front = (p.topk + 3) / 4 * 4;
     STD_TORCH_CHECK(p.capacity - p.front >= kSegments * (kFewestRounds * kThreadKeys + 1),
                     "topk: no room for the candidates of ", p.topk);
@@ -34,9 +33,8 @@ void launch(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& like, cu
     p.next_block = reinterpret_cast<int32_t*>(p.candidates + entries);
     const cudaError_t error = cudaMemsetAsync(p.next_block, 0, sizeof(int32_t), stream);
     STD_TORCH_CHECK(error == cudaSuccess, "cudaMemsetAsync: ", cudaGetErrorString(error));
-    const int shared = kStorageBytes + 8 * kWarpgroups * p.capacity;
-    allow_shared_memory(indexer_topk_kernel<Shape>, shared);
-    indexer_topk_kernel<Shape><<<blocks, kIndexerThreads, shared, stream>>>(map, p);
+    allow_shared_memory(indexer_topk_kernel<Shape>, kStorageBytes);
+    indexer_topk_kernel<Shape><<<blocks, kIndexerThreads, kStorageBytes, stream>>>(map, p);
     check_launch("indexer_topk_kernel");
 }
 

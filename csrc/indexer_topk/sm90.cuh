@@ -26,35 +26,34 @@
 
 namespace dsa {
 
+constexpr int kScoreWarps = kScoreThreads / 32;
 constexpr int kSegments = kScoreThreads / 4;  // of a list: a quad scores a key for all tokens
 constexpr int kThreadKeys = 4;    // of a tile: the most that a thread appends to a list
 constexpr int kFewestRounds = 2;  // tiles a warpgroup that are worth going on for without a cut
-constexpr int kBitmapWords = 4096;
 constexpr int kFewestSampled = 8, kMostSampled = 32;  // tiles
 
 template <class Shape>
 struct alignas(1024) TopkStorage {
+    static constexpr int kBitmapWords = Shape::kDim == 64 ? 4096 : 2048;
+
     ScoreStorage<Shape> score;
-    uint32_t bitmap[kWarpgroups][kBitmapWords];
-    SelectScratch scratch[kWarpgroups];
+    alignas(16) uint32_t bitmap[kScoreWarps][kBitmapWords];
+    SelectScratch scratch[kScoreWarps];
     int appended[Shape::kTokens][kSegments];  // those that found no room included
     int front[Shape::kTokens];                // candidates before the segments
     float bound[Shape::kTokens];
     uint32_t again;  // tokens whose bound was not right
     int block;
-    alignas(16) uint8_t lists[];  // [kWarpgroups][capacity] candidates
 };
 
-// The segments of a list: number i is appended to from entry begin + i * size on. Its last entry
-// takes what finds no room.
+// The segments of a list lie side by side: entry e of number i at begin + e * kSegments + i. The
+// last entries take what finds no room.
 struct Segments {
     int begin;
-    int size;
+    int room;
 
     __device__ Segments(const IndexerTopkParams& p, bool with_front)
-        : begin(with_front ? p.front : 0), size((p.capacity - begin) / kSegments) {}
-
-    __device__ int room() const { return size - 1; }
+        : begin(with_front ? p.front : 0), room((p.capacity - begin) / kSegments - 1) {}
 };
 
 // How the keys of a run are walked.
@@ -64,7 +63,7 @@ struct RunPlan {
 
     __device__ RunPlan(const IndexerTopkParams& p, const TokenRun& run)
         : sample{0, 0}, all{0, run.tiles()} {
-        const int room = Segments(p, false).room() / kThreadKeys * kWarpgroups;
+        const int room = Segments(p, false).room / kThreadKeys * kWarpgroups;
         const int tiles = min(min(max(all.last / 32, kFewestSampled), kMostSampled), room);
         if (all.last >= 2 * tiles && tiles > 0) sample = {0, tiles, all.last / tiles};
     }
@@ -76,73 +75,91 @@ __device__ Candidate* list_of(const IndexerTopkParams& p, int t) {
     return p.candidates + (static_cast<int64_t>(blockIdx.x) * Shape::kTokens + t) * p.capacity;
 }
 
-// A list in shared memory, by one warpgroup.
-template <class Shape>
-struct GatheredList {
-    ThreadGroup<128> group;
-    SelectScratch& scratch;
-    Candidate* entries;
-    int total = 0;  // candidates; if not `whole`, more than these were appended
-    bool whole = true;
+// A list as a warp reads it: two neighbouring columns of 64 a lane, first of what lies before the
+// segments, then of these.
+struct ColumnList {
+    const Candidate* entries[2];
+    int2 counts[2];  // of this lane's columns
+    int rows[2];
+    int total;   // candidates; if not `whole`, more than these were appended
+    bool whole;
 
-    __device__ GatheredList(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
-                            const Segments& segments)
-        : group{static_cast<int>(threadIdx.x % 128),
-                kSyncWarpgroup + static_cast<int>(threadIdx.x / 128)},
-          scratch(s.scratch[threadIdx.x / 128]),
-          entries(reinterpret_cast<Candidate*>(s.lists) + threadIdx.x / 128 * p.capacity) {
-        const Candidate* list = list_of<Shape>(p, t);
-        const int front = s.front[t], lane = group.lane(), room = segments.room();
-        // Two segments a lane.
-        const int2 appended = reinterpret_cast<const int2*>(s.appended[t])[lane];
-        const int one = min(appended.x, room), both = one + min(appended.y, room);
-        const int up_to = sum_up_to(group, both), place = front + up_to - both;
-        total = front + __shfl_sync(~0u, up_to, 31);
-        whole = __all_sync(~0u, max(appended.x, appended.y) <= room);
-        group.sync();  // the last list is done with
-        for (int i = group.thread; i < front; i += 128) copy_async(entries + i, list + i);
-        list += segments.begin;
-#pragma unroll 1
-        for (int i = group.warp(); i < kSegments; i += 4) {
-            const int at = __shfl_sync(~0u, i % 2 ? place + one : place, i / 2);
-            const int n = __shfl_sync(~0u, i % 2 ? both - one : one, i / 2);
-            for (int j = lane; j < n; j += 32)
-                copy_async(entries + at + j, list + i * segments.size + j);
-        }
-        copy_async_wait();
-        group.sync();
+    template <class Shape>
+    __device__ ColumnList(const IndexerTopkParams& p, const TopkStorage<Shape>& s, int t,
+                          const Segments& segments)
+        : entries{list_of<Shape>(p, t), list_of<Shape>(p, t) + segments.begin} {
+        const int column = threadIdx.x % 32 * 2, front = s.front[t];
+        counts[0] = {(front - column + kSegments - 1) / kSegments,
+                     (front - column + kSegments - 2) / kSegments};
+        const int2 appended = *reinterpret_cast<const int2*>(&s.appended[t][column]);
+        counts[1] = {min(appended.x, segments.room), min(appended.y, segments.room)};
+        rows[0] = (front + kSegments - 1) / kSegments;
+        rows[1] = __reduce_max_sync(~0u, max(counts[1].x, counts[1].y));
+        total = front + __reduce_add_sync(~0u, counts[1].x + counts[1].y);
+        whole = __all_sync(~0u, max(appended.x, appended.y) <= segments.room);
     }
-
-    __device__ auto candidates() const { return dense<ThreadGroup<128>>(entries, total); }
 };
+
+template <class F>
+__device__ __forceinline__ void for_each(const ThreadGroup<32>& group, const ColumnList& list,
+                                         const F& f) {
+    constexpr int kRows = kLaneCandidates / 2;
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+        const Candidate* entries = (part ? list.entries[1] : list.entries[0]) + 2 * group.lane();
+        const int2 counts = part ? list.counts[1] : list.counts[0];
+        const int rows = part ? list.rows[1] : list.rows[0];
+#pragma unroll 1
+        for (int row = 0; row < rows; row += kRows) {
+            uint32_t keys[kLaneCandidates];
+            Candidate own[kLaneCandidates];
+            float4 two[kRows];
+#pragma unroll
+            for (int u = 0; u < kRows; ++u) {
+                const auto* from = reinterpret_cast<const float4*>(entries + (row + u) * kSegments);
+                two[u] = row + u < rows ? __ldcg(from) : float4{};
+            }
+#pragma unroll
+            for (int u = 0; u < kRows; ++u) {
+                own[2 * u] = {two[u].x, __float_as_int(two[u].y)};
+                own[2 * u + 1] = {two[u].z, __float_as_int(two[u].w)};
+                keys[2 * u] = row + u < counts.x ? order_key(two[u].x) : 0;
+                keys[2 * u + 1] = row + u < counts.y ? order_key(two[u].z) : 0;
+            }
+            f(keys, own);
+        }
+    }
+}
 
 enum class Pass { kSample, kGuess, kCertain };
 
-// What a pass, or a part of a certain one, ends with for the list of token t: a sample gives the
-// bound; a list that is full before the last key is cut to its best topk, kept before the segments,
-// and gives the next bound; one that is complete is written out, if the guess was right.
+// What a pass, or a part of a certain one, ends with for the list of token t, by a warp: a sample
+// gives the bound; a list that is full before the last key is cut to its best topk, kept before the
+// segments, and gives the next bound; one that is complete is written out, if the guess was right.
 template <class Shape>
 __device__ void settle_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
                             int first_token, Pass pass, bool last) {
-    const GatheredList<Shape> list(p, s, t, Segments(p, pass == Pass::kCertain));
-    const ThreadGroup<128>& group = list.group;
+    const ColumnList list(p, s, t, Segments(p, pass == Pass::kCertain));
+    const int warp = threadIdx.x / 32;
+    const ThreadGroup<32> group{static_cast<int>(threadIdx.x % 32), 0};
+    SelectScratch& scratch = s.scratch[warp];
     const int visible = s.score.visible[t];
     const int wanted = pass == Pass::kSample ? sample_rank(list.total, p.topk, visible) : p.topk;
     bool enough = wanted > 0 && list.total >= wanted && list.whole;
     Threshold threshold{0, INT_MAX};
-    if (enough) threshold = find_threshold(group, list.scratch, list.candidates(), wanted);
+    if (enough) threshold = find_threshold(group, scratch, list, wanted);
     if (pass == Pass::kGuess) enough = enough && above_guess(threshold, s.bound[t]);
     if (pass == Pass::kSample || !last) {
         if (pass == Pass::kCertain)
-            keep(group, list.scratch, list.candidates(), threshold, list_of<Shape>(p, t));
+            keep(group, scratch, list, threshold, list_of<Shape>(p, t));
         if (group.thread == 0) {
             if (pass == Pass::kCertain) s.front[t] = min(list.total, p.topk);
             if (enough) s.bound[t] = score_of(threshold.key);
         }
     } else if (enough) {
-        write_ascending<kBitmapWords>(group, list.scratch, list.candidates(), threshold, visible,
-                                      s.bitmap[threadIdx.x / 128],
-                                      p.indices + static_cast<int64_t>(first_token + t) * p.topk);
+        write_ascending<TopkStorage<Shape>::kBitmapWords>(
+            group, scratch, list, threshold, visible, s.bitmap[warp],
+            p.indices + static_cast<int64_t>(first_token + t) * p.topk);
     } else if (group.thread == 0) {
         atomicOr(&s.again, 1u << t);
     }
@@ -162,8 +179,8 @@ struct Appender {
     __device__ void start(const IndexerTopkParams& p, const TopkStorage<Shape>& s, int quad,
                           uint32_t tokens, const Segments& segments) {
         const int own = Shape::token(quad, 0);
-        segment = list_of<Shape>(p, own) + segments.begin + threadIdx.x / 4 * segments.size;
-        room = segments.room();
+        segment = list_of<Shape>(p, own) + segments.begin + threadIdx.x / 4;
+        room = segments.room;
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
             const bool mine = tokens >> (own + a) & 1 && quad % Shape::kLanesPerToken == 0;
@@ -195,7 +212,8 @@ struct Appender {
                 const float score = scores.score[a][r];
                 const int key = scores.key + kRowStep * r;
                 const bool pass = passes(score, bound[a]) && (kWhole || key < seen[a]);
-                global_store(segment + a * p.capacity + min(count[a], room), score, key, pass);
+                global_store(segment + a * p.capacity + min(count[a], room) * kSegments, score, key,
+                             pass);
                 count[a] += pass;
             }
         }
@@ -236,9 +254,9 @@ __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Sc
             rounds = (appender.room - __reduce_max_sync(~0u, fullest)) / kThreadKeys;
         }
         if (last || rounds < kFewestRounds) {
-#pragma unroll 1
-            for (int t = scorer.group; t < Shape::kTokens; t += kWarpgroups)
-                if (tokens >> t & 1) settle_list(p, s, t, first_token, pass, last);
+            const int t = threadIdx.x / 32;
+            if (t < Shape::kTokens && tokens >> t & 1)
+                settle_list(p, s, t, first_token, pass, last);
             if (last && pass == Pass::kCertain) break;
             if (last) {
                 __syncthreads();  // with the loader

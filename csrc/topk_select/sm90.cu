@@ -57,16 +57,21 @@ int rows_at_once(int width, int blocks) {
     return entry->second;
 }
 
-// The blocks that share a row in shared memory, 0 if it had better stream. Long rows stay there
-// only where all of them fit at once; few of them take as many blocks as the GPU has to spare.
+// The blocks that share a row in shared memory, 0 if it had better stream. Of long rows, as many
+// stay there as fit at once, or three times as many where two blocks share an SM; few of them take
+// the blocks that the GPU has to spare.
 int blocks_of_row(const TopkSelectParams& p) {
-    for (int blocks = 1; blocks <= kMostBlocks; blocks *= 2) {
-        if (resident_bytes(p.width, blocks) > kMostSharedBytes) continue;
-        if (p.width > kShortColumns && p.rows > rows_at_once(p.width, blocks)) continue;
-        while (blocks < kMostBlocks && int64_t{p.rows} * 2 * blocks <= num_multiprocessors() &&
-               slice_of(p.width, blocks).columns() > 4096)
-            blocks *= 2;
-        return blocks;
+    for (const bool in_turns : {false, true}) {
+        for (int blocks = 1; blocks <= kMostBlocks; blocks *= 2) {
+            const int bytes = resident_bytes(p.width, blocks);
+            if (bytes > (in_turns ? kMostSharedBytes / 2 : kMostSharedBytes)) continue;
+            const int most = p.width <= kShortColumns ? p.rows : rows_at_once(p.width, blocks);
+            if (p.rows > (in_turns ? 3 * most : most)) continue;
+            while (blocks < kMostBlocks && int64_t{p.rows} * 2 * blocks <= num_multiprocessors() &&
+                   slice_of(p.width, blocks).columns() > 4096)
+                blocks *= 2;
+            return blocks;
+        }
     }
     return 0;
 }
