@@ -48,16 +48,15 @@ int64_t tokens_with_room(const IndexerTopkParams& p) {
 bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
     const int64_t block = heads <= 16 ? 8 : 128 / heads, wave = num_multiprocessors() * block;
     const double waves = static_cast<double>((p.tokens + wave - 1) / wave);
-    const double two_steps = (0.6e-5 + 3.6e-5 / block) * p.tokens * p.width;
-    return tokens_with_room(p) > 0 && two_steps < waves * (130 + 4.3e-3 * p.width);
+    const double two_steps = (0.35e-5 + 3.6e-5 / block) * p.tokens * p.width;
+    return tokens_with_room(p) > 0 && two_steps < waves * (130 + 3.8e-3 * p.width);
 }
 
 void score_then_select(const IndexerTopkParams& p, const CUtensorMap& map, bool paged,
                        const Tensor& q, cudaStream_t stream) {
     const int64_t room = tokens_with_room(p);
     STD_TORCH_CHECK(room > 0, "max_seqlen_k: no room for the scores of ", p.width, " keys");
-    const int64_t parts = (p.tokens + room - 1) / room;
-    const int64_t at_once = (p.tokens + parts - 1) / parts;
+    const int64_t at_once = std::min<int64_t>(room, p.tokens);
     Tensor scores = torch::stable::new_empty(q, {at_once, p.width}, ScalarType::Float);
     Tensor visible = torch::stable::new_empty(q, {at_once}, ScalarType::Int);
     IndexerLogitsParams score{p};
@@ -72,11 +71,13 @@ void score_then_select(const IndexerTopkParams& p, const CUtensorMap& map, bool 
         .width = p.width,
         .topk = p.topk,
     };
-    for (int64_t first = 0; first < p.tokens; first += at_once) {
-        score.first_token = static_cast<int32_t>(first);
-        score.tokens = static_cast<int32_t>(std::min(first + at_once, int64_t{p.tokens}));
+    for (int64_t first = 0; first < p.tokens; first += choose.rows) {
+        const int64_t rest = p.tokens - first;
+        const bool leaves_few = at_once < rest && rest < at_once * 5 / 4;
+        choose.rows = static_cast<int32_t>(leaves_few ? (rest + 1) / 2 : std::min(at_once, rest));
         choose.indices = p.indices + first * p.topk;
-        choose.rows = score.tokens - score.first_token;
+        score.first_token = static_cast<int32_t>(first);
+        score.tokens = score.first_token + choose.rows;
         score_tokens(score, map, paged, q.sizes()[1], q.sizes()[2], stream);
         select_rows(choose, ScoreType::kFloat, stream);
     }

@@ -103,30 +103,41 @@ struct ColumnList {
 template <class F>
 __device__ __forceinline__ void for_each(const ThreadGroup<32>& group, const ColumnList& list,
                                          const F& f) {
-    constexpr int kRows = kLaneCandidates / 2;
+    constexpr int kRows = kLaneCandidates / 2, kAhead = 2;
+    using Rows = float4[kRows];
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
         const Candidate* entries = (part ? list.entries[1] : list.entries[0]) + 2 * group.lane();
         const int2 counts = part ? list.counts[1] : list.counts[0];
         const int rows = part ? list.rows[1] : list.rows[0];
-#pragma unroll 1
-        for (int row = 0; row < rows; row += kRows) {
-            uint32_t keys[kLaneCandidates];
-            Candidate own[kLaneCandidates];
-            float4 two[kRows];
+        Rows ahead[kAhead];
+        const auto fetch = [&](Rows& two, int row) {
 #pragma unroll
             for (int u = 0; u < kRows; ++u) {
                 const auto* from = reinterpret_cast<const float4*>(entries + (row + u) * kSegments);
                 two[u] = row + u < rows ? __ldcg(from) : float4{};
             }
+        };
 #pragma unroll
-            for (int u = 0; u < kRows; ++u) {
-                own[2 * u] = {two[u].x, __float_as_int(two[u].y)};
-                own[2 * u + 1] = {two[u].z, __float_as_int(two[u].w)};
-                keys[2 * u] = row + u < counts.x ? order_key(two[u].x) : 0;
-                keys[2 * u + 1] = row + u < counts.y ? order_key(two[u].z) : 0;
+        for (int a = 0; a < kAhead; ++a) fetch(ahead[a], a * kRows);
+#pragma unroll 1
+        for (int base = 0; base < rows; base += kAhead * kRows) {
+#pragma unroll
+            for (int a = 0; a < kAhead; ++a) {
+                const int row = base + a * kRows;
+                uint32_t keys[kLaneCandidates];
+                Candidate own[kLaneCandidates];
+#pragma unroll
+                for (int u = 0; u < kRows; ++u) {
+                    const float4 two = ahead[a][u];
+                    own[2 * u] = {two.x, __float_as_int(two.y)};
+                    own[2 * u + 1] = {two.z, __float_as_int(two.w)};
+                    keys[2 * u] = row + u < counts.x ? order_key(two.x) : 0;
+                    keys[2 * u + 1] = row + u < counts.y ? order_key(two.z) : 0;
+                }
+                fetch(ahead[a], row + kAhead * kRows);
+                f(keys, own);
             }
-            f(keys, own);
         }
     }
 }
