@@ -161,8 +161,8 @@ __device__ int sum_before(const Group& group, SelectScratch& s, int own, int& al
     return __reduce_add_sync(~0u, group.lane() < group.warp() ? warp_sum : 0) + inclusive - own;
 }
 
-// Which count, in the order of the lanes, reaches `wanted`: its lane, what is left of `wanted` there,
-// and the count. By a warp.
+// Which count, in the order of the lanes, reaches `wanted`: its lane, what is left of `wanted`
+// there, and the count. By a warp.
 template <class Group>
 __device__ Cut reach(const Group& group, int own, int wanted) {
     const int before = sum_up_to(group, own) - own;
@@ -180,7 +180,8 @@ __device__ Cut find_bin(const Group& group, SelectScratch& s, int wanted) {
         int run = 0;
 #pragma unroll 8
         for (int i = 0; i < 32; ++i) {
-            const int sum = __reduce_add_sync(~0u, s.histogram[kBins - 32 * (i + 1) + group.lane()]);
+            const int sum =
+                __reduce_add_sync(~0u, s.histogram[kBins - 32 * (i + 1) + group.lane()]);
             if (i == group.lane()) run = sum;
         }
         const Cut outer = reach(group, run, wanted);

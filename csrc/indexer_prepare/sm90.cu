@@ -9,13 +9,14 @@
 namespace dsa {
 namespace {
 
-constexpr int kMostRounds = 4;  // of a block of queries
+constexpr int kMostRounds = 4;    // of a block of queries
+constexpr int kFewestBlocks = 3;  // of an SM, for more than one round
 
 template <typename T, int kDim, int kOwn>
 void launch(IndexerPrepareParams& p, cudaStream_t stream) {
     constexpr int kVectors = Share<T, kDim, kOwn>::kVectors;
-    // As many as leave every SM its blocks, and as the block's table has room for their tokens.
-    const int rounds = p.queries / (kVectors * kBlocksPerSm<T> * num_multiprocessors());
+    // As many as leave every SM some blocks, and as the block's table has room for their tokens.
+    const int rounds = p.queries / (kVectors * kFewestBlocks * num_multiprocessors());
     const int most = p.heads < 2 * kMostRounds ? 1 : kMostRounds;
     p.block_queries = kVectors * std::clamp(rounds, 1, most);
     p.query_blocks = (p.queries + p.block_queries - 1) / p.block_queries;

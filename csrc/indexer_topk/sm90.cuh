@@ -28,16 +28,21 @@ namespace dsa {
 
 constexpr int kScoreWarps = kScoreThreads / 32;
 constexpr int kSegments = kScoreThreads / 4;  // of a list: a quad scores a key for all tokens
-constexpr int kThreadKeys = 4;    // of a tile: the most that a thread appends to a list
+constexpr int kThreadKeys = 4;                // of a tile: the most that a thread appends to a list
 constexpr int kFewestRounds = 2;  // tiles a warpgroup that are worth going on for without a cut
 constexpr int kFewestSampled = 8, kMostSampled = 32;  // tiles
 
 template <class Shape>
 struct alignas(1024) TopkStorage {
     static constexpr int kBitmapWords = Shape::kDim == 64 ? 4096 : 2048;
+    static constexpr int kSampled = kBitmapWords;  // keys of a token, at most
+    static_assert(Shape::kTokens <= kScoreWarps);  // a warp for each list
 
     ScoreStorage<Shape> score;
-    alignas(16) uint32_t bitmap[kScoreWarps][kBitmapWords];
+    union {
+        alignas(16) uint32_t bitmap[kScoreWarps][kBitmapWords];
+        float sample[Shape::kTokens][kSampled / kSegments][kSegments];  // scores, as in segments
+    };
     SelectScratch scratch[kScoreWarps];
     int appended[Shape::kTokens][kSegments];  // those that found no room included
     int front[Shape::kTokens];                // candidates before the segments
@@ -57,15 +62,15 @@ struct Segments {
 };
 
 // How the keys of a run are walked.
+template <class Shape>
 struct RunPlan {
     TileRange sample;  // empty: no guess
     TileRange all;
 
-    __device__ RunPlan(const IndexerTopkParams& p, const TokenRun& run)
-        : sample{0, 0}, all{0, run.tiles()} {
-        const int room = Segments(p, false).room / kThreadKeys * kWarpgroups;
-        const int tiles = min(min(max(all.last / 32, kFewestSampled), kMostSampled), room);
-        if (all.last >= 2 * tiles && tiles > 0) sample = {0, tiles, all.last / tiles};
+    __device__ explicit RunPlan(const TokenRun& run) : sample{0, 0}, all{0, run.tiles()} {
+        constexpr int kRoom = TopkStorage<Shape>::kSampled / kTileKeys;
+        const int tiles = min(min(max(all.last / 32, kFewestSampled), kMostSampled), kRoom);
+        if (all.last >= 2 * tiles) sample = {0, tiles, all.last / tiles};
     }
 };
 
@@ -81,7 +86,7 @@ struct ColumnList {
     const Candidate* entries[2];
     int2 counts[2];  // of this lane's columns
     int rows[2];
-    int total;   // candidates; if not `whole`, more than these were appended
+    int total;  // candidates; if not `whole`, more than these were appended
     bool whole;
 
     template <class Shape>
@@ -142,63 +147,148 @@ __device__ __forceinline__ void for_each(const ThreadGroup<32>& group, const Col
     }
 }
 
-enum class Pass { kSample, kGuess, kCertain };
+// The sampled scores of token t as a warp reads them, two neighbouring columns a lane.
+struct SampleList {
+    const float* scores;
+    int2 counts;
+    int rows;
+    int total;
 
-// What a pass, or a part of a certain one, ends with for the list of token t, by a warp: a sample
-// gives the bound; a list that is full before the last key is cut to its best topk, kept before the
-// segments, and gives the next bound; one that is complete is written out, if the guess was right.
+    template <class Shape>
+    __device__ SampleList(const TopkStorage<Shape>& s, int t) : scores(s.sample[t][0]) {
+        counts = *reinterpret_cast<const int2*>(&s.appended[t][threadIdx.x % 32 * 2]);
+        rows = __reduce_max_sync(~0u, max(counts.x, counts.y));
+        total = __reduce_add_sync(~0u, counts.x + counts.y);
+    }
+};
+
+template <class F>
+__device__ __forceinline__ void for_each(const ThreadGroup<32>& group, const SampleList& list,
+                                         const F& f) {
+    constexpr int kRows = kLaneCandidates / 2;
+#pragma unroll 1
+    for (int row = 0; row < list.rows; row += kRows) {
+        uint32_t keys[kLaneCandidates];
+        const Candidate none[kLaneCandidates] = {};
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+            const float* from = list.scores + (row + u) * kSegments + 2 * group.lane();
+            keys[2 * u] = row + u < list.counts.x ? order_key(from[0]) : 0;
+            keys[2 * u + 1] = row + u < list.counts.y ? order_key(from[1]) : 0;
+        }
+        f(keys, none);
+    }
+}
+
+__device__ __forceinline__ ThreadGroup<32> this_warp() {
+    return {static_cast<int>(threadIdx.x % 32), 0};
+}
+
+// Guesses the bound of token t from its sample, by a warp.
+template <class Shape>
+__device__ void guess_bound(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t) {
+    const SampleList list(s, t);
+    const int rank = sample_rank(list.total, p.topk, s.score.visible[t]);
+    if (rank == 0) return;
+    const Cut cut = find_key(this_warp(), s.scratch[threadIdx.x / 32], list, rank);
+    if (threadIdx.x % 32 == 0) s.bound[t] = score_of(cut.value);
+}
+
+// What a pass, or a part of a certain one, ends with for the list of token t, by a warp: one that
+// is full before the last key is cut to its best topk, kept before the segments, and gives the next
+// bound; one that is complete is written out, if the guess was right.
 template <class Shape>
 __device__ void settle_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
-                            int first_token, Pass pass, bool last) {
-    const ColumnList list(p, s, t, Segments(p, pass == Pass::kCertain));
+                            int first_token, bool certain, bool last) {
+    const ColumnList list(p, s, t, Segments(p, certain));
+    const ThreadGroup<32> group = this_warp();
     const int warp = threadIdx.x / 32;
-    const ThreadGroup<32> group{static_cast<int>(threadIdx.x % 32), 0};
     SelectScratch& scratch = s.scratch[warp];
-    const int visible = s.score.visible[t];
-    const int wanted = pass == Pass::kSample ? sample_rank(list.total, p.topk, visible) : p.topk;
-    bool enough = wanted > 0 && list.total >= wanted && list.whole;
+    bool enough = list.total >= p.topk && list.whole;
     Threshold threshold{0, INT_MAX};
-    if (enough) threshold = find_threshold(group, scratch, list, wanted);
-    if (pass == Pass::kGuess) enough = enough && above_guess(threshold, s.bound[t]);
-    if (pass == Pass::kSample || !last) {
-        if (pass == Pass::kCertain)
-            keep(group, scratch, list, threshold, list_of<Shape>(p, t));
+    if (enough) threshold = find_threshold(group, scratch, list, p.topk);
+    if (!certain) enough = enough && above_guess(threshold, s.bound[t]);
+    if (!last) {
+        keep(group, scratch, list, threshold, list_of<Shape>(p, t));
         if (group.thread == 0) {
-            if (pass == Pass::kCertain) s.front[t] = min(list.total, p.topk);
+            s.front[t] = min(list.total, p.topk);
             if (enough) s.bound[t] = score_of(threshold.key);
         }
     } else if (enough) {
         write_ascending<TopkStorage<Shape>::kBitmapWords>(
-            group, scratch, list, threshold, visible, s.bitmap[warp],
+            group, scratch, list, threshold, s.score.visible[t], s.bitmap[warp],
             p.indices + static_cast<int64_t>(first_token + t) * p.topk);
     } else if (group.thread == 0) {
         atomicOr(&s.again, 1u << t);
     }
 }
 
+// Of the tokens that a lane scores: which take part, and how many keys they see.
+template <class Shape>
+struct OwnTokens {
+    static constexpr int kOwn = Shape::kLaneTokens;
+    int first;
+    int seen[kOwn];  // 0 if the token takes no part, or is another lane's
+
+    __device__ OwnTokens(const TopkStorage<Shape>& s, int quad, uint32_t tokens)
+        : first(Shape::token(quad, 0)) {
+#pragma unroll
+        for (int a = 0; a < kOwn; ++a) {
+            const bool mine = tokens >> (first + a) & 1 && quad % Shape::kLanesPerToken == 0;
+            seen[a] = mine ? s.score.visible[first + a] : 0;
+        }
+    }
+};
+
+// How many a thread appended to the segments of its own tokens.
+template <class Shape>
+__device__ void report(TopkStorage<Shape>& s, int quad, const int (&count)[Shape::kLaneTokens]) {
+    if (quad % Shape::kLanesPerToken != 0) return;
+#pragma unroll
+    for (int a = 0; a < Shape::kLaneTokens; ++a)
+        s.appended[Shape::token(quad, a)][threadIdx.x / 4] = count[a];
+}
+
+// Keeps every score of a sample.
+template <class Shape>
+struct Sampler {
+    OwnTokens<Shape> own;
+    float* column;  // this thread's, of the first own token
+    int count[Shape::kLaneTokens] = {};
+
+    __device__ Sampler(TopkStorage<Shape>& s, int quad, uint32_t tokens)
+        : own(s, quad, tokens), column(&s.sample[own.first][0][threadIdx.x / 4]) {}
+
+    __device__ void operator()(const typename Scorer<Shape>::Scores& scores) {
+#pragma unroll
+        for (int a = 0; a < Shape::kLaneTokens; ++a) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                if (scores.key + kRowStep * r >= own.seen[a]) continue;
+                column[a * TopkStorage<Shape>::kSampled + count[a]++ * kSegments] =
+                    scores.score[a][r];
+            }
+        }
+    }
+};
+
 // Appends what passes to the lists of this lane's tokens.
 template <class Shape>
 struct Appender {
     static constexpr int kOwn = Shape::kLaneTokens;
-    int count[kOwn];  // in this thread's segment, those that found no room included
-    int seen[kOwn];   // keys of the token; 0 if it takes no part, or is another lane's
+    OwnTokens<Shape> own;
+    int count[kOwn] = {};  // in this thread's segment, those that found no room included
     float bound[kOwn];
     int room;            // of the segment
     int whole;           // keys that all tokens of the block see
     Candidate* segment;  // this thread's, in the list of the first own token
 
-    __device__ void start(const IndexerTopkParams& p, const TopkStorage<Shape>& s, int quad,
-                          uint32_t tokens, const Segments& segments) {
-        const int own = Shape::token(quad, 0);
-        segment = list_of<Shape>(p, own) + segments.begin + threadIdx.x / 4;
-        room = segments.room;
+    __device__ Appender(const IndexerTopkParams& p, const TopkStorage<Shape>& s, int quad,
+                        uint32_t tokens, const Segments& segments)
+        : own(s, quad, tokens), room(segments.room) {
+        segment = list_of<Shape>(p, own.first) + segments.begin + threadIdx.x / 4;
 #pragma unroll
-        for (int a = 0; a < kOwn; ++a) {
-            const bool mine = tokens >> (own + a) & 1 && quad % Shape::kLanesPerToken == 0;
-            seen[a] = mine ? s.score.visible[own + a] : 0;
-            bound[a] = s.bound[own + a];
-            count[a] = 0;
-        }
+        for (int a = 0; a < kOwn; ++a) bound[a] = s.bound[own.first + a];
         whole = Shape::kLanesPerToken == 1 ? INT_MAX : 0;
         for (int t = 0; t < Shape::kTokens; ++t)
             whole = min(whole, tokens >> t & 1 ? s.score.visible[t] : 0);
@@ -222,7 +312,7 @@ struct Appender {
             for (int r = 0; r < 2; ++r) {
                 const float score = scores.score[a][r];
                 const int key = scores.key + kRowStep * r;
-                const bool pass = passes(score, bound[a]) && (kWhole || key < seen[a]);
+                const bool pass = passes(score, bound[a]) && (kWhole || key < own.seen[a]);
                 global_store(segment + a * p.capacity + min(count[a], room) * kSegments, score, key,
                              pass);
                 count[a] += pass;
@@ -235,58 +325,55 @@ struct Appender {
 template <class Shape>
 __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Scorer<Shape>& scorer,
                            const TokenRun& run, int first_token) {
-    const RunPlan plan(p, run);
+    const RunPlan<Shape> plan(run);
     const auto meet = [] { named_barrier_sync(kSyncScorers, kScoreThreads); };
     const auto forget_bounds = [&] {
         if (threadIdx.x < Shape::kTokens) s.front[threadIdx.x] = 0, s.bound[threadIdx.x] = NAN;
         meet();
     };
+    const int list = threadIdx.x / 32;  // this warp's
+    uint32_t tokens = run.tokens;
+    const auto settles = [&] { return list < Shape::kTokens && (tokens >> list & 1) != 0; };
     if (threadIdx.x == 0) s.again = 0;
     forget_bounds();
-    uint32_t tokens = run.tokens;
-    Pass pass = plan.sample.last > 0 ? Pass::kSample : Pass::kGuess;
-    TileRange tiles = pass == Pass::kSample ? plan.sample : plan.all;
-    Appender<Shape> appender;
-    appender.start(p, s, scorer.quad, tokens, Segments(p, false));
+    if (plan.sample.last > 0) {
+        Sampler<Shape> sampler(s, scorer.quad, tokens);
+        scorer.score(p, s.score, run, plan.sample, [&](const auto& scores) { sampler(scores); });
+        report(s, scorer.quad, sampler.count);
+        meet();
+        if (settles()) guess_bound(p, s, list);
+        meet();
+    }
+    bool certain = false;
+    TileRange tiles = plan.all;
+    Appender<Shape> appender(p, s, scorer.quad, tokens, Segments(p, false));
     while (true) {
         scorer.score(p, s.score, run, tiles, [&](const auto& scores) { appender(p, scores); });
-        if (scorer.quad % Shape::kLanesPerToken == 0) {
-#pragma unroll
-            for (int a = 0; a < Shape::kLaneTokens; ++a)
-                s.appended[Shape::token(scorer.quad, a)][threadIdx.x / 4] = appender.count[a];
-        }
+        report(s, scorer.quad, appender.count);
         meet();
-        const bool last = pass != Pass::kSample && tiles.last == plan.all.last;
+        const bool last = tiles.last == plan.all.last;
         int rounds = 0;  // tiles a warpgroup that a certain pass can go on for
-        if (pass == Pass::kCertain) {
+        if (certain) {
             int fullest = 0;
             for (int i = scorer.lane; i < kSegments * Shape::kTokens; i += 32)
                 fullest = max(fullest, (&s.appended[0][0])[i]);
             rounds = (appender.room - __reduce_max_sync(~0u, fullest)) / kThreadKeys;
         }
         if (last || rounds < kFewestRounds) {
-            const int t = threadIdx.x / 32;
-            if (t < Shape::kTokens && tokens >> t & 1)
-                settle_list(p, s, t, first_token, pass, last);
-            if (last && pass == Pass::kCertain) break;
+            if (settles()) settle_list(p, s, list, first_token, certain, last);
+            if (last && certain) break;
             if (last) {
                 __syncthreads();  // with the loader
                 tokens = s.again;
                 if (tokens == 0) return;
-                pass = Pass::kCertain;
+                certain = true;
                 meet();
                 forget_bounds();
                 tiles = {0, 0};
             } else {
                 meet();
             }
-            if (pass == Pass::kSample) {
-                pass = Pass::kGuess;
-                tiles = plan.all;
-                appender.start(p, s, scorer.quad, tokens, Segments(p, false));
-                continue;
-            }
-            appender.start(p, s, scorer.quad, tokens, Segments(p, true));
+            appender = Appender<Shape>(p, s, scorer.quad, tokens, Segments(p, true));
             rounds = appender.room / kThreadKeys;
         } else {
             meet();  // before the counts are written again
@@ -327,7 +414,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
             while (scored != 0) {
                 const TokenRun run = next_run(s.score, scored);
                 scored &= ~run.tokens;
-                const RunPlan plan(p, run);
+                const RunPlan<Shape> plan(run);
                 const bool loads = threadIdx.x < kScoreThreads + 32 * kWarpgroups;
                 if (loads) {
                     loader.load(p, map, s.score, run, plan.sample);

@@ -130,8 +130,7 @@ struct Resident {
                         if (column + v < row.begin || row.end <= column + v) keys[v] = kNoKey;
                 }
 #pragma unroll
-                for (int v = 0; v < kVector; ++v)
-                    count(s.digits[0], keys[v] >> (32 - kDigitBits));
+                for (int v = 0; v < kVector; ++v) count(s.digits[0], keys[v] >> (32 - kDigitBits));
 #pragma unroll
                 for (int v = 0; v < kVector; v += 4) {
                     const int at = (i * kVector + v) / 4;
@@ -182,8 +181,7 @@ struct Resident {
             if (group.warp() == 0) {
                 const Bin outer = reach(two_of(h.groups, kBinGroups), wanted);
                 const Bin inner = reach(two_of(h.bins + 32 * outer.value, 32), outer.wanted);
-                if (group.lane() == 0)
-                    s.found = {32 * outer.value + inner.value, inner.wanted};
+                if (group.lane() == 0) s.found = {32 * outer.value + inner.value, inner.wanted};
             }
             __syncthreads();
             return s.found;

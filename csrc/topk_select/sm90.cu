@@ -36,8 +36,8 @@ void launch_resident(const TopkSelectParams& p, int blocks, cudaStream_t stream)
     auto* kernel = resident_kernel<T>(blocks);
     allow_shared_memory(kernel, kMostSharedBytes);
     allow_large_clusters(kernel);
-    launch_after(stream, kernel, p.rows * blocks, kResidentThreads,
-                 resident_bytes(p.width, blocks), blocks, p);
+    launch_after(stream, kernel, p.rows * blocks, kResidentThreads, resident_bytes(p.width, blocks),
+                 blocks, p);
 }
 
 // How many rows the GPU holds at a time. (The blocks of a cluster lie in one GPC, and what is left

@@ -31,7 +31,7 @@ UP = (
     (math.inf, 128, 128, 64, 8, 4),
 )
 # BLOCK_M -> (BLOCK_N, BLOCK_K, warps, stages): down
-DOWN = {16: (64, 128, 4, 5), 32: (64, 128, 4, 4), 64: (128, 64, 4, 4), 128: (256, 64, 8, 4)}
+DOWN = {16: (64, 128, 4, 3), 32: (64, 128, 4, 4), 64: (128, 64, 4, 4), 128: (256, 64, 8, 4)}
 DOWN_SMALL = (64, 32, 4, 2)
 COMBINE_BLOCK = 2048  # hidden columns of a program
 COMBINE_WARPS = 4
