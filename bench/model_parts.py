@@ -27,6 +27,7 @@ from .model import Decoding, cache_of, full_config, network, prefill
 
 # (what a kernel's name holds, the part it belongs to); the first that fits counts.
 PARTS = (
+    ("mul_sum", "projections"),  # a compiled product of one token
     ("indexer_prepare", "indexer: prologue"), ("indexer", "indexer: scores and selection"), ("topk", "indexer: scores and selection"),
     ("union", "sparse attention"), ("map_tiles", "sparse attention"), ("sparse", "sparse attention"),
     ("varlen", "dense attention"), ("norm_rope", "norms and RoPE"), ("layer_norm", "norms and RoPE"), ("rms_norm", "norms and RoPE"),

