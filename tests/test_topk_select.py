@@ -69,6 +69,38 @@ def test_every_row_of_many(name, rows, width):
             assert torch.equal(indices, expected)
 
 
+MILLION = [
+    (2100, 2048, 300_000), (4096, 2048, 250_000), (8192, 2048, 250_000), (16_384, 2048, 120_000),
+    (5000, 7, 40_000), (16_384, 4096, 20_000), (32_768, 2048, 14_000), (131_072, 2048, 6_000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "device, share", [("cpu", 0.001), pytest.param("cuda", 1.0, marks=[pytest.mark.gpu, pytest.mark.slow])]
+)  # fmt: skip
+def test_a_million_rows(device, share):
+    """Random rows, rows of few values and of bfloat16 ones, each against a full stable sort; on a CPU a thousand."""
+    assert sum(rows for *_, rows in MILLION) == 1_000_000
+    differing = 0
+    for width, topk, rows in MILLION:
+        rest = int(rows * share)
+        while rest > 0:
+            n = min(rest, 2**27 // width)
+            scores = torch.randn(n, width, device=device)
+            scores[1::3] = (scores[1::3] * 8).round() / 8
+            scores[2::3] = scores[2::3].bfloat16().float()
+            lengths = torch.randint(topk // 2, width + 1, (n,), dtype=torch.int32, device=device)
+            indices = dsa_kernels.topk_select(scores, topk, lengths=lengths)
+            visible = torch.arange(width, device=device) < lengths[:, None]
+            scores.masked_fill_(~visible, -torch.inf)
+            best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk].int()
+            best = torch.where(best < lengths[:, None], best, 2**31 - 1).sort(-1).values
+            best[best == 2**31 - 1] = -1
+            differing += (indices != best).any(1).sum().item()
+            rest -= n
+    assert differing == 0
+
+
 def test_large_topk(tier):
     scores = torch.randn(1, 12_000, device=tier.device)
     with tier:

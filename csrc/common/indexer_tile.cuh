@@ -30,8 +30,7 @@ constexpr int kScoreThreads = 128 * kWarpgroups;
 constexpr int kIndexerThreads = kScoreThreads + 128;  // one more warpgroup, of which two warps load
 constexpr int kRoundKeys = kTileKeys * kWarpgroups;
 
-constexpr int kSyncScorers = 1;  // numbers of named barriers; 0 is the whole block's
-constexpr int kSyncWarpgroup = 2;
+constexpr int kSyncScorers = 1;  // number of the scorers' named barrier; 0 is the whole block's
 
 // kFew: for sequences with few queries, whose other columns do nothing. There is little to do for
 // each key, so more of them are on their way. It changes no bit: a lane owns the same heads.

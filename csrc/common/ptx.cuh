@@ -121,14 +121,8 @@ __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// 9.7.9.25 cp.async: 8 or 16 bytes into shared memory, and the wait for all of this thread.
+// 9.7.9.25 cp.async: 16 bytes into shared memory, and the wait for all of this thread.
 __device__ __forceinline__ void copy_async(void* target, const void* source) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(target)),
-                 "l"(source)
-                 : "memory");
-}
-
-__device__ __forceinline__ void copy_async_16(void* target, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
                  "l"(source)
                  : "memory");

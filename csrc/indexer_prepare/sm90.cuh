@@ -306,7 +306,7 @@ struct PrepareStorage {
         const int64_t stride = is_cos ? p.cos_stride : p.sin_stride;
 #pragma unroll 1
         for (int t = threadIdx.x / kPieces; t < count; t += kPrepareThreads / kPieces)
-            copy_async_16(&table[t][4 * piece], element<float>(source, first + t, stride));
+            copy_async(&table[t][4 * piece], element<float>(source, first + t, stride));
     }
 
     // Lets the block read the table, and this thread's element of weight and bias.
