@@ -18,7 +18,7 @@ import dsa_kernels
 from dsa_kernels import AttentionTarget, IndexerNorms
 
 from .config import IndexerConfig, KeyeConfig
-from .linear import product
+from .linear import Linear
 from .rope import Table
 
 
@@ -129,7 +129,7 @@ class Attention(nn.Module):
         self.splits = (self.heads * self.dim, self.groups * self.dim, self.groups * self.dim)
         self.eps = config.rms_norm_eps
         self.qkv = nn.Linear(config.hidden_size, sum(self.splits), bias=False)
-        self.out = nn.Linear(self.heads * self.dim, config.hidden_size, bias=False)
+        self.out = Linear(self.heads * self.dim, config.hidden_size)
         self.q_norm = nn.Parameter(torch.ones(self.dim))
         self.k_norm = nn.Parameter(torch.ones(self.dim))
         self.indexer = None if config.indexer is None else Indexer(config, config.indexer)
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         else:
             assert cache is not None
             out, loss = self.paged(x, q, k, v, step, step.paging, cache), None
-        return product(out.flatten(1), self.out.weight), loss
+        return self.out(out.flatten(1)), loss
 
     def selects(self, step: Step) -> bool:
         """Whether a token of the step may see more keys than it attends to."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dsa_kernels
 
 from .config import KeyeConfig
-from .linear import product
+from .linear import Linear
 
 
 class Balance(NamedTuple):
@@ -37,13 +37,13 @@ class MoE(nn.Module):
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
         self.topk, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.router = Linear(config.hidden_size, config.num_experts)
         self.experts: nn.Module = Experts(
             config.num_experts, config.hidden_size, config.moe_intermediate_size
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Balance]:
         weights, ids, counts, prob_sum = dsa_kernels.moe_router(
-            product(x, self.router.weight), self.topk, normalize=self.normalize
+            self.router(x), self.topk, normalize=self.normalize
         )
         return self.experts(x, weights, ids), Balance(counts, prob_sum)
