@@ -5,7 +5,7 @@
 // writing under 0.4 ms of products and sums. Blocks of the same tokens run side by side, so that
 // the keys, 8 MB at 131072, come from L2. Decode has few tokens and many keys: key_rounds shrinks
 // until the blocks fill the GPU; it changes no bit. Measured on an H200: 0.81 ms at 16 heads x 64,
-// 59% of the issue slots; 984 and 966 TFLOPS at 32 and 64 heads x 128; 91 us for 64 requests of
+// 59% of the issue slots; 1030 and 1054 TFLOPS at 32 and 64 heads x 128; 91 us for 64 requests of
 // 65536 keys, 302 MB: 85% of the rate of a copy, and 8 us until the first tile is there.
 #pragma once
 
