@@ -31,6 +31,6 @@ def deceptive_rows(width):
         torch.where(place % 4096 < 64, x + 100, x), torch.where(place < width // 2, x, x - 100),
         torch.where(torch.rand(width) < 0.9, torch.nan, x), torch.where(torch.rand(width) < 0.1, torch.inf, -torch.inf),
         (torch.rand(width) < 0.3).float(), torch.where(place % 128 == 5, x + 100, x),
-        *(torch.where(seen, few_nan.nan_to_num() + 100, few_nan)
+        few_nan, *(torch.where(seen, few_nan.nan_to_num() + 100, few_nan)
           for seen in (place % 128 < 4, place % 256 < 8, place // 128 % 32 == 0)),
     ])  # fmt: skip

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,6 +105,24 @@ def test_every_e4m3_value_and_nan(tier):
             logits = call(q[[sign, sign]].to(torch.float8_e4m3fn), one, k.view(torch.float8_e4m3fn), scale, cu_q, cu_k, 256)  # fmt: skip
         expected = (codes.view(torch.float8_e4m3fn).float() * (1 - 2 * sign)).relu()
         torch.testing.assert_close(logits[0], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_sequences_of_many_lengths(tier):
+    """Long and short ones in turn, some empty, in CUDA more tokens than one launch takes: as each of them alone."""
+    count, longest = (12, 40) if tier.interpreted else (60, 400)
+    lengths = torch.randint(0, 30, (count,))
+    lengths[::3] = torch.randint(longest // 2, longest, (len(lengths[::3]),))
+    cu = [0, *lengths.cumsum(0).tolist()]
+    if tier.name == "cuda":
+        cu = [*cu, cu[-1] + 8500]
+    q, weights, k, k_scale, cu_q, cu_k = packed(cu, cu, 4, 64, tier.device)
+    with tier:
+        logits = call(q, weights, k, k_scale, cu_q, cu_k, longest)
+        for begin, end in itertools.pairwise(cu):
+            own = slice(begin, end)
+            alone = int32([0, end - begin], tier.device)
+            expected = call(q[own], weights[own], k[own], k_scale[own], alone, alone, longest)
+            assert torch.equal(logits[own], expected)
 
 
 def test_keys_beyond_max_seqlen_are_not_visible(tier):

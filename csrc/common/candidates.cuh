@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 
 namespace dsa {
 
@@ -27,10 +28,12 @@ struct alignas(8) Candidate {
     int32_t position;
 };
 
+constexpr uint32_t kNanKey = 1;
+
 // An integer that orders as the scores do: NaN below everything, -0.0 equal to +0.0. 0 is no
 // candidate.
 __device__ __forceinline__ uint32_t order_key(float score) {
-    if (score != score) return 1;
+    if (score != score) return kNanKey;
     const uint32_t bits = __float_as_uint(score + 0.0f);  // -0.0 + 0.0 is +0.0
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
@@ -65,6 +68,34 @@ struct ThreadGroup {
 constexpr int kLogBins = 10;
 constexpr int kBins = 1 << kLogBins;
 
+// Equal bins from `base` on, for any score: what lies outside counts in the first and the last.
+struct EqualBins {
+    float base;
+    float width;
+    float per_score;
+
+    __device__ EqualBins(float low, float high)
+        : base(low), width((high - low) / kBins), per_score(1.0f / width) {}
+    __device__ int bin(float score) const {
+        return min(__float2uint_rd((score - base) * per_score), kBins - 1u);  // below, NaN: 0
+    }
+    __device__ float edge(int bin) const { return base + bin * width; }
+};
+
+// The smallest and the largest of some scores that are finite. low > high if there are none.
+struct ScoreRange {
+    float low = INFINITY;
+    float high = -INFINITY;
+
+    __device__ void add(float score, bool there) {
+        if (there && fabsf(score) < INFINITY) low = fminf(low, score), high = fmaxf(high, score);
+    }
+    __device__ void add_lanes() {
+        low = score_of(__reduce_min_sync(~0u, order_key(low)));
+        high = score_of(__reduce_max_sync(~0u, order_key(high)));
+    }
+};
+
 // Where a list is cut: at least `wanted` of the `count` values that are left from `value` on
 // belong.
 struct Cut {
@@ -75,10 +106,10 @@ struct Cut {
 
 // What a group needs in shared memory for a cut.
 struct SelectScratch {
-    uint32_t histogram[kBins];
-    uint32_t low[16];
-    uint32_t high[16];
-    int sums[16];
+    alignas(16) uint32_t histogram[kBins];
+    uint32_t low[32];  // of each warp, up to 32
+    uint32_t high[32];
+    int sums[32];
     Cut found;
 };
 
@@ -138,22 +169,10 @@ __device__ __forceinline__ void for_each(const Group& group, const List& list, c
     }
 }
 
-// The sum over the lanes of the warp up to this one.
-template <class Group>
-__device__ int sum_up_to(const Group& group, int own) {
-    int inclusive = own;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const int other = __shfl_up_sync(~0u, inclusive, offset);
-        if (group.lane() >= offset) inclusive += other;
-    }
-    return inclusive;
-}
-
 // The sum over the threads before this one; `all` becomes the sum over the whole group.
 template <class Group>
 __device__ int sum_before(const Group& group, SelectScratch& s, int own, int& all) {
-    const int inclusive = sum_up_to(group, own);
+    const int inclusive = sum_up_to(own);
     if (group.lane() == 31) s.sums[group.warp()] = inclusive;
     group.sync();
     const int warp_sum = group.lane() < Group::kWarps ? s.sums[group.lane()] : 0;
@@ -161,11 +180,18 @@ __device__ int sum_before(const Group& group, SelectScratch& s, int own, int& al
     return __reduce_add_sync(~0u, group.lane() < group.warp() ? warp_sum : 0) + inclusive - own;
 }
 
+template <class Group>
+__device__ __forceinline__ void clear_histogram(const Group& group, SelectScratch& s) {
+    for (int i = 4 * group.thread; i < kBins; i += 4 * Group::kThreads)
+        *reinterpret_cast<uint4*>(s.histogram + i) = {0, 0, 0, 0};
+    group.sync();
+}
+
 // Which count, in the order of the lanes, reaches `wanted`: its lane, what is left of `wanted`
 // there, and the count. By a warp.
 template <class Group>
 __device__ Cut reach(const Group& group, int own, int wanted) {
-    const int before = sum_up_to(group, own) - own;
+    const int before = sum_up_to(own) - own;
     const uint32_t here = __ballot_sync(~0u, before < wanted && wanted <= before + own);
     const int lane = __ffs(here) - 1;
     return {static_cast<uint32_t>(lane), wanted - __shfl_sync(~0u, before, lane),
@@ -177,12 +203,13 @@ template <class Group>
 __device__ Cut find_bin(const Group& group, SelectScratch& s, int wanted) {
     if constexpr (Group::kWarps == 1) {  // the run of 32 bins, then the bin
         static_assert(kBins == 32 * 32);
+        const int own = kBins - 32 * (group.lane() + 1);  // the first of this lane's run
         int run = 0;
-#pragma unroll 8
-        for (int i = 0; i < 32; ++i) {
-            const int sum =
-                __reduce_add_sync(~0u, s.histogram[kBins - 32 * (i + 1) + group.lane()]);
-            if (i == group.lane()) run = sum;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {  // eight lanes read all banks
+            const auto* four = reinterpret_cast<const uint4*>(s.histogram + own);
+            const uint4 counts = four[(i + group.lane()) % 8u];
+            run += counts.x + counts.y + counts.z + counts.w;
         }
         const Cut outer = reach(group, run, wanted);
         const int top = kBins - 1 - 32 * outer.value;
@@ -225,8 +252,7 @@ __device__ Cut find_cut(const Group& group, SelectScratch& s, const List& list, 
     low = __reduce_min_sync(~0u, low);
     high = __reduce_max_sync(~0u, high);
     if (group.lane() == 0) s.low[group.warp()] = low, s.high[group.warp()] = high;
-    for (int i = group.thread; i < kBins; i += Group::kThreads) s.histogram[i] = 0;
-    group.sync();
+    clear_histogram(group, s);
     low = __reduce_min_sync(~0u, s.low[group.lane() % Group::kWarps]) + 1;
     high = __reduce_max_sync(~0u, s.high[group.lane() % Group::kWarps]);
     const uint32_t bins = shared_address(s.histogram);
@@ -242,8 +268,7 @@ __device__ Cut find_cut(const Group& group, SelectScratch& s, const List& list, 
         high = min(high, low + ((1u << shift) - 1));
         wanted = bin.wanted;
         if (shift == 0 || wanted == bin.count) return {low, wanted, bin.count};
-        for (int i = group.thread; i < kBins; i += Group::kThreads) s.histogram[i] = 0;
-        group.sync();
+        clear_histogram(group, s);
     }
 }
 
@@ -284,7 +309,7 @@ __device__ void keep(const Group& group, SelectScratch& s, const List& list, Thr
     int place = __shfl_sync(~0u, sum_before(group, s, own, all), 0);
     for_each(group, list, [&](const auto& keys, const auto& entries) {
         const uint32_t members = members_of(keys, entries);
-        const int inclusive = sum_up_to(group, __popc(members));
+        const int inclusive = sum_up_to(__popc(members));
         int at = place + inclusive - __popc(members);
         place += __shfl_sync(~0u, inclusive, 31);
 #pragma unroll
@@ -311,36 +336,38 @@ __device__ __forceinline__ int sample_rank(int sample, int topk, int n) {
     return 2 * rank > sample ? 0 : rank;
 }
 
-// Writes the positions, in [0, length), of the candidates that belong, ascending. `bitmap` is
-// kBitmapWords words of shared memory, on 16 bytes: so many times 32 positions are written at a
-// time.
-template <int kBitmapWords, class Group, class List>
-__device__ void write_ascending(const Group& group, SelectScratch& s, const List& list,
-                                Threshold threshold, int length, uint32_t* bitmap, int32_t* out) {
+// Writes the positions, in [0, length), that `mark` marks, ascending: mark(set), which calls
+// set(position, belongs) for all candidates, by all threads of the group. `bitmap` is kBitmapWords
+// words of shared memory, on 16 bytes: so many times 32 positions are written at a time.
+template <int kBitmapWords, class Group, class Mark>
+__device__ void write_marked(const Group& group, SelectScratch& s, const Mark& mark, int length,
+                             uint32_t* bitmap, int32_t* out) {
     constexpr int kRun = kBitmapWords / Group::kWarps;  // words of a warp
+    constexpr int kStaged = kBins / Group::kWarps;      // positions that leave side by side
     static_assert(kRun % 128 == 0);
+    auto* staged = reinterpret_cast<int32_t*>(s.histogram) + group.warp() * kStaged;
 #pragma unroll 1
     for (int64_t base = 0; base < length; base += 32 * kBitmapWords) {
+        const int words_left =
+            static_cast<int>(min((length - base + 31) / 32, int64_t{kBitmapWords}));
 #pragma unroll 1
-        for (int i = 4 * group.thread; i < kBitmapWords; i += 4 * Group::kThreads)
+        for (int i = 4 * group.thread; i < words_left; i += 4 * Group::kThreads)
             *reinterpret_cast<uint4*>(bitmap + i) = {0, 0, 0, 0};
         group.sync();
         const uint32_t words = shared_address(bitmap);
-        for_each(group, list, [&](const auto& keys, const auto& entries) {
-#pragma unroll
-            for (int u = 0; u < kLaneCandidates; ++u) {
-                const uint32_t bit = entries[u].position - static_cast<int32_t>(base);
-                shared_or(
-                    words + bit / 32 % kBitmapWords * 4, 1u << (bit % 32),
-                    belongs(keys[u], entries[u].position, threshold) && bit < 32 * kBitmapWords);
-            }
+        mark([&](int32_t position, bool belongs) {
+            const uint32_t bit = position - static_cast<int32_t>(base);
+            shared_or(words + bit / 32 % kBitmapWords * 4, 1u << (bit % 32),
+                      belongs && bit < 32 * kBitmapWords);
         });
         group.sync();
         // Each warp owns a run of words: first its number of bits, then, with those of the warps
         // before it, the places.
         const uint32_t* run = bitmap + group.warp() * kRun;
+        const int run_words = min(words_left - group.warp() * kRun, kRun);
         const auto four_words = [&](int i) {
-            return *reinterpret_cast<const uint4*>(run + i + 4 * group.lane());
+            const int own = i + 4 * group.lane();
+            return own < run_words ? *reinterpret_cast<const uint4*>(run + own) : uint4{};
         };
         const auto bits_of = [](uint4 w) {
             return __popc(w.x) + __popc(w.y) + __popc(w.z) + __popc(w.w);
@@ -349,26 +376,47 @@ __device__ void write_ascending(const Group& group, SelectScratch& s, const List
         if constexpr (Group::kWarps > 1) {
             int bits = 0;
 #pragma unroll 1
-            for (int i = 0; i < kRun; i += 128) bits += bits_of(four_words(i));
+            for (int i = 0; i < run_words; i += 128) bits += bits_of(four_words(i));
             place = __shfl_sync(~0u, sum_before(group, s, bits, all), 0);
         }
 #pragma unroll 1
-        for (int i = 0; i < kRun; i += 128) {
+        for (int i = 0; i < run_words; i += 128) {
             const uint4 four = four_words(i);
-            const int inclusive = sum_up_to(group, bits_of(four));
-            int at = place + inclusive - bits_of(four);
-            place += __shfl_sync(~0u, inclusive, 31);
+            const int inclusive = sum_up_to(bits_of(four));
+            const int here = __shfl_sync(~0u, inclusive, 31);
+            const bool stage = here <= kStaged;
+            int32_t* next = (stage ? staged : out + place) + inclusive - bits_of(four);
             int32_t first =
                 static_cast<int32_t>(base) + 32 * (group.warp() * kRun + i + 4 * group.lane());
             for (uint32_t word : {four.x, four.y, four.z, four.w}) {
 #pragma unroll 1
-                for (; word != 0; word &= word - 1) out[at++] = first + __ffs(word) - 1;
+                for (; word != 0; word &= word - 1) *next++ = first + __ffs(word) - 1;
                 first += 32;
             }
+            if (stage) {
+                __syncwarp();
+                for (int j = group.lane(); j < here; j += 32) out[place + j] = staged[j];
+                __syncwarp();
+            }
+            place += here;
         }
         out += Group::kWarps > 1 ? all : place;
         group.sync();
     }
+}
+
+// Writes the positions of the candidates that belong.
+template <int kBitmapWords, class Group, class List>
+__device__ void write_ascending(const Group& group, SelectScratch& s, const List& list,
+                                Threshold threshold, int length, uint32_t* bitmap, int32_t* out) {
+    const auto mark = [&](const auto& set) {
+        for_each(group, list, [&](const auto& keys, const auto& entries) {
+#pragma unroll
+            for (int u = 0; u < kLaneCandidates; ++u)
+                set(entries[u].position, belongs(keys[u], entries[u].position, threshold));
+        });
+    };
+    write_marked<kBitmapWords>(group, s, mark, length, bitmap, out);
 }
 
 }  // namespace dsa

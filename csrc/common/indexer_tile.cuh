@@ -92,30 +92,50 @@ __device__ __forceinline__ int sequence_of(const IndexerScoreParams& p, int toke
     return low;
 }
 
-// Sequence, first key and number of visible keys of each token of the block, one warp each; 0 keys
-// if it belongs to no sequence.
+// A sequence: its tokens, where its keys begin, and how many there are.
+struct Sequence {
+    int begin;
+    int end;
+    int first_key;
+    int keys;
+
+    // How many keys a token sees: all up to its own, the last token's key being the last; 0 if it
+    // lies outside.
+    __device__ int visible(int token, int width) const {
+        if (token < begin || end <= token) return 0;
+        const int64_t seen = keys - (static_cast<int64_t>(end) - token) + 1;
+        return static_cast<int>(max(min(min(seen, int64_t{keys}), int64_t{width}), int64_t{0}));
+    }
+};
+
+template <bool kPaged>
+__device__ __forceinline__ Sequence sequence_at(const IndexerScoreParams& p, int number) {
+    if (p.num_sequences == 0) return {0, 0, 0, 0};
+    Sequence sequence{p.cu_seqlens_q[number], p.cu_seqlens_q[number + 1], 0, 0};
+    if constexpr (kPaged) {
+        sequence.keys = min(max(p.key_bounds[number], 0), p.width);
+    } else {
+        sequence.first_key = min(max(p.key_bounds[number], 0), p.num_keys);
+        sequence.keys = min(max(p.key_bounds[number + 1], 0), p.num_keys) - sequence.first_key;
+    }
+    return sequence;
+}
+
+// Sequence, first key and number of visible keys of each token of the block, by one warp each. The
+// last tokens' sequence is tried first.
 template <class Shape>
 __device__ void find_keys(const IndexerScoreParams& p, ScoreStorage<Shape>& s, int first_token) {
     const int own = threadIdx.x / 32, token = first_token + own;
     if (own >= Shape::kTokens) return;
-    int low = 0, visible = 0, first = 0;
-    if (token < p.tokens && p.num_sequences > 0) {
-        low = sequence_of(p, token);
-        const int begin = p.cu_seqlens_q[low], end = p.cu_seqlens_q[low + 1];
-        int64_t keys;
-        if constexpr (Shape::kPaged) {
-            keys = min(max(p.key_bounds[low], 0), p.width);
-        } else {
-            first = min(max(p.key_bounds[low], 0), p.num_keys);
-            keys = min(max(p.key_bounds[low + 1], 0), p.num_keys) - first;
-        }
-        const int64_t seen = keys - (static_cast<int64_t>(end) - token) + 1;
-        if (begin <= token && token < end)
-            visible = static_cast<int>(max(min(min(seen, keys), int64_t{p.width}), int64_t{0}));
+    int number = s.sequence[own];
+    Sequence sequence = sequence_at<Shape::kPaged>(p, number);
+    if (token < p.tokens && (token < sequence.begin || sequence.end <= token)) {
+        number = sequence_of(p, token);
+        sequence = sequence_at<Shape::kPaged>(p, number);
     }
-    s.sequence[own] = low;
-    s.visible[own] = visible;
-    s.first_key[own] = first;
+    s.sequence[own] = number;
+    s.visible[own] = token < p.tokens ? sequence.visible(token, p.width) : 0;
+    s.first_key[own] = sequence.first_key;
 }
 
 // The tokens of the block that share a sequence with the first pending one.
@@ -146,24 +166,32 @@ __device__ TokenRun next_run(const ScoreStorage<Shape>& s, uint32_t pending) {
 // all scorers, who meet before the first product reads them.
 template <class Shape>
 __device__ void load_queries(const IndexerScoreParams& p, ScoreStorage<Shape>& s, int first_token) {
-    constexpr int kPieces = Shape::kDim / 16;
-    for (int i = threadIdx.x; i < Shape::kColumns * kPieces; i += kScoreThreads) {
-        const int column = i / kPieces, piece = i % kPieces;
+    constexpr int kPieces = Shape::kDim / 16, kAll = Shape::kColumns * kPieces;
+    constexpr int kEach = (kAll + kScoreThreads - 1) / kScoreThreads;
+    uint4 values[kEach] = {};
+    uint8_t* targets[kEach];
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) {
+        const int i = threadIdx.x + n * kScoreThreads, column = i / kPieces, piece = i % kPieces;
         const int quad = column / 2 % 4, own = column / 8 * 2 + column % 2;
         const int token = first_token + Shape::token(quad, own / Shape::kLaneHeads);
         const int head = Shape::first_head(quad) + own % Shape::kLaneHeads;
-        uint4 value = {0, 0, 0, 0};
-        if (token < p.tokens)
-            value = *reinterpret_cast<const uint4*>(p.q + token * p.q_stride + head * Shape::kDim +
-                                                    16 * piece);
+        if (i < kAll && token < p.tokens)
+            values[n] = *reinterpret_cast<const uint4*>(p.q + token * p.q_stride +
+                                                        head * Shape::kDim + 16 * piece);
         const int swizzled = piece ^ (Shape::kDim == 128 ? column % 8 : column / 2 % 4);
-        *reinterpret_cast<uint4*>(s.queries + column * Shape::kDim + 16 * swizzled) = value;
+        targets[n] = s.queries + column * Shape::kDim + 16 * swizzled;
     }
+#pragma unroll
+    for (int n = 0; n < kEach; ++n)
+        if (threadIdx.x + n * kScoreThreads < kAll)
+            *reinterpret_cast<uint4*>(targets[n]) = values[n];
     fence_proxy_async();
 }
 
 template <class Shape>
-__device__ void init_barriers(ScoreStorage<Shape>& s) {
+__device__ void init_storage(ScoreStorage<Shape>& s) {
+    if (threadIdx.x < Shape::kTokens) s.sequence[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
         for (int g = 0; g < kWarpgroups; ++g)
             for (int stage = 0; stage < Shape::kStages; ++stage) {
@@ -175,14 +203,19 @@ __device__ void init_barriers(ScoreStorage<Shape>& s) {
     __syncthreads();
 }
 
-// Some of a run's keys: numbers [first, last) of tiles that lie `step` tiles apart. Warpgroup g
-// takes numbers first + g, first + g + kWarpgroups, ...
+// Some of a run's keys: numbers [first, last) of tiles that lie `step` tiles apart, counted from
+// number `turn` on if first is 0. Warpgroup g takes numbers first + g, first + g + kWarpgroups, ...
 struct TileRange {
     int first;
     int last;
     int step = 1;
+    int turn = 0;
 
-    __device__ int key(int tile) const { return tile * step * kTileKeys; }
+    // The first key of a tile.
+    __device__ int key(int tile) const {
+        const int turned = tile + turn;
+        return (turned < last ? turned : turned - last) * step * kTileKeys;
+    }
 };
 
 // The loader's side, a warp for each warpgroup: the tiles of a run into its ring. The lanes read
@@ -318,7 +351,7 @@ struct Scorer {
             mbarrier_wait(&s.full[group][position.stage], position.parity);
             start(first, 0);
             start(second, 1);
-            const int next = key + tiles.key(kWarpgroups);
+            const int next = tiles.key(tile + kWarpgroups) + row;
             Scales now[2] = {ahead[0], ahead[1]};
             if constexpr (Shape::kPaged) {
                 now[0] = paged_scales(s, 0);

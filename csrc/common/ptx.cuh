@@ -164,7 +164,7 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barri
 }
 
 // 9.7.13.14 red: adds to a word at an address in shared memory where `active`, without a branch.
-__device__ __forceinline__ void shared_add(uint32_t word, uint32_t value, bool active) {
+__device__ __forceinline__ void shared_add(uint32_t word, uint32_t value, bool active = true) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p red.shared::cta.add.u32 [%0], %1; }" ::"r"(word),
         "r"(value), "r"(int{active})

@@ -26,10 +26,9 @@ struct IndexerScoreParams {
 struct IndexerLogitsParams : IndexerScoreParams {
     float* out;  // [tokens, width], row stride `out_stride`, from first_token on
     int64_t out_stride;
-    int32_t* visible;    // null: -inf behind the last visible key; or [tokens]: their number, for
-    int32_t unscored;    // which rows of at most so many are left out
-    int32_t key_blocks;  // a block of tokens is this many blocks of the grid,
-    int32_t key_rounds;  // each of that many rounds of 256 keys
+    int32_t* visible;      // null: -inf behind the last visible key; or [tokens]: their number, for
+    int32_t unscored;      // which rows of at most so many are left out
+    int32_t token_blocks;  // of the launch
 };
 
 }  // namespace dsa

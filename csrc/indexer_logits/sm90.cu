@@ -8,21 +8,27 @@
 namespace dsa {
 namespace {
 
-constexpr int kMostRounds = 64;  // 16384 keys a block: 2% of its time goes into its start
-
 template <class Shape>
-void launch(IndexerLogitsParams& p, const CUtensorMap& map, cudaStream_t stream) {
-    const int64_t token_blocks = (p.tokens - p.first_token + Shape::kTokens - 1) / Shape::kTokens;
-    const int64_t rounds = (p.width + kRoundKeys - 1) / kRoundKeys;
-    // Few tokens share the SMs in one wave.
-    const int64_t multiprocessors = num_multiprocessors();
-    const int64_t wanted = (rounds * token_blocks + multiprocessors - 1) / multiprocessors;
-    p.key_rounds = static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, kMostRounds));
-    p.key_blocks = static_cast<int32_t>((rounds + p.key_rounds - 1) / p.key_rounds);
-    constexpr int kSharedBytes = sizeof(ScoreStorage<Shape>) + 1024;
+void launch(IndexerLogitsParams p, const CUtensorMap& map, cudaStream_t stream) {
+    constexpr int kSharedBytes = sizeof(LogitsStorage<Shape>) + 1024;
+    static_assert(kSharedBytes <= kMostSharedBytes);
     allow_shared_memory(indexer_logits_kernel<Shape>, kSharedBytes);
-    launch_after(stream, indexer_logits_kernel<Shape>, token_blocks * p.key_blocks, kIndexerThreads,
-                 kSharedBytes, 1, map, p);
+    // Of a block of tokens at most; counted in 32 bits.
+    const int64_t rounds =
+        int64_t{Shape::kTokens} * ((p.width + kRoundKeys - 1) / kRoundKeys + kStartRounds);
+    const int64_t most_blocks = std::min<int64_t>(kMostTokenBlocks, INT32_MAX / rounds);
+    const int32_t end = p.tokens, most = static_cast<int32_t>(most_blocks) * Shape::kTokens;
+    while (p.first_token < end) {
+        const int32_t tokens = std::min(end - p.first_token, most);
+        p.tokens = p.first_token + tokens;
+        p.token_blocks = (tokens + Shape::kTokens - 1) / Shape::kTokens;
+        const int64_t blocks = std::min<int64_t>(num_multiprocessors(), p.token_blocks * rounds);
+        launch_after(stream, indexer_logits_kernel<Shape>, static_cast<int>(blocks),
+                     kIndexerThreads, kSharedBytes, 1, map, p);
+        p.first_token = p.tokens;
+        p.out += tokens * p.out_stride;
+        if (p.visible != nullptr) p.visible += tokens;
+    }
 }
 
 Tensor logits(IndexerLogitsParams& p, const CUtensorMap& map, bool paged, const Tensor& q) {

@@ -1,79 +1,201 @@
 // indexer_logits on Hopper, the kernel: see common/indexer_tile.cuh for how a tile is scored.
 //
-// A block owns 8 tokens (at 16 heads) and key_rounds x 256 keys. Scores go from registers to
-// memory, 32 bytes at a time (8 keys of a token): 2048 x 131072 scores are 1.07 GB, 0.25 ms of
-// writing under 0.4 ms of products and sums. Blocks of the same tokens run side by side, so that
-// the keys, 8 MB at 131072, come from L2. Decode has few tokens and many keys: key_rounds shrinks
-// until the blocks fill the GPU; it changes no bit. Measured on an H200: 0.81 ms at 16 heads x 64,
-// 59% of the issue slots; 1030 and 1054 TFLOPS at 32 and 64 heads x 128; 91 us for 64 requests of
-// 65536 keys, 302 MB: 85% of the rate of a copy, and 8 us until the first tile is there.
+// The work is a row of rounds, 256 keys of 8 tokens (at 16 heads) each: block of tokens after block
+// of tokens, and of each the keys that its tokens see. Every block of threads counts them all and
+// takes an equal share, wherever it begins: sequences of any length, long next to short, leave no
+// SM idle. A run counts as three rounds more, for the loading of its queries, which nothing hides.
+// It changes no bit.
+//
+// Scores go from registers to memory, 32 bytes at a time (8 keys of a token): 2048 x 131072 scores
+// are 1.07 GB, 0.25 ms of writing under 0.4 ms of products and sums. The keys, 8 MB at 131072, come
+// from L2. Of the loading warpgroup two warps load; the others tell what the tokens see.
 #pragma once
 
 #include "common/indexer_tile.cuh"
+#include "common/warp.cuh"
 
 namespace dsa {
 
-// -inf for those of keys [begin, end) that a token does not see, by all scorers.
+constexpr int kMostTokenBlocks = 1024;  // of a launch
+constexpr int kIndexerWarps = kIndexerThreads / 32;
+constexpr int kStartRounds = 3;  // what the start of a run costs
+constexpr int kSyncWorkers = 2;  // number of the named barrier of scorers and loaders
+
 template <class Shape>
-__device__ void fill_unseen(const IndexerLogitsParams& p, const ScoreStorage<Shape>& s, float* out,
-                            int first_token, int64_t begin, int64_t end) {
-    for (int t = 0; t < Shape::kTokens && first_token + t < p.tokens; ++t, out += p.out_stride) {
-        const int64_t unseen = max(int64_t{s.visible[t]}, begin);
-        for (int64_t key = unseen + threadIdx.x; key < min(end, int64_t{p.width});
-             key += kScoreThreads)
-            out[key] = -INFINITY;
+struct alignas(1024) LogitsStorage {
+    ScoreStorage<Shape> score;
+    int rounds_up_to[kMostTokenBlocks];  // this block of tokens included
+    int rounds_of_warp[kIndexerWarps];
+    int begin, end;  // of this block's share
+};
+
+// The rounds of a run.
+__device__ __forceinline__ int rounds_of(int keys) { return (keys + kRoundKeys - 1) / kRoundKeys; }
+
+// Counts the rounds of all blocks of tokens and takes a share, by all threads. A lane reads a
+// sequence; if it is long, the lanes of the warp share its blocks of tokens.
+template <class Shape>
+__device__ void count_rounds(const IndexerLogitsParams& p, LogitsStorage<Shape>& s) {
+    constexpr int kFewBlocks = 2;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const auto add = [&](const Sequence& sequence, int block) {
+        const int next = p.first_token + (block + 1) * Shape::kTokens;
+        const int last = min(min(next, p.tokens), sequence.end) - 1;
+        const int keys = sequence.visible(last, p.width);  // the most
+        shared_add(shared_address(s.rounds_up_to + block), kStartRounds + rounds_of(keys),
+                   keys > p.unscored);
+    };
+    for (int i = threadIdx.x; i < p.token_blocks; i += kIndexerThreads) s.rounds_up_to[i] = 0;
+    __syncthreads();
+    const int first = p.first_token == 0 ? 0 : sequence_of(p, p.first_token);
+    for (int number = first + threadIdx.x; __any_sync(~0u, number < p.num_sequences);
+         number += kIndexerThreads) {
+        Sequence own{};
+        if (number < p.num_sequences) own = sequence_at<Shape::kPaged>(p, number);
+        const int from = (max(own.begin, p.first_token) - p.first_token) / Shape::kTokens;
+        const int to =
+            (min(own.end, p.tokens) - p.first_token + Shape::kTokens - 1) / Shape::kTokens;
+        const bool is_long = to - from > kFewBlocks;
+        for (int block = from; !is_long && block < to; ++block) add(own, block);
+        for (uint32_t rest = __ballot_sync(~0u, is_long); rest != 0; rest &= rest - 1) {
+            const int source = __ffs(rest) - 1;
+            const auto of_source = [&](int value) { return __shfl_sync(~0u, value, source); };
+            const Sequence sequence{of_source(own.begin), of_source(own.end), 0,
+                                    of_source(own.keys)};
+            const int end = of_source(to);
+            for (int block = of_source(from) + lane; block < end; block += 32) add(sequence, block);
+        }
+        if (__any_sync(~0u, own.begin >= p.tokens)) break;
+    }
+    __syncthreads();
+    const int each = (p.token_blocks + kIndexerThreads - 1) / kIndexerThreads;
+    const int begin = min(threadIdx.x * each, p.token_blocks),
+              end = min(begin + each, p.token_blocks);
+    int sum = 0;
+    for (int i = begin; i < end; ++i) sum += s.rounds_up_to[i];
+    const int inclusive = sum_up_to(sum);
+    if (lane == 31) s.rounds_of_warp[warp] = inclusive;
+    __syncthreads();
+    int before = __reduce_add_sync(~0u, lane < warp ? s.rounds_of_warp[lane] : 0) + inclusive - sum;
+    for (int i = begin; i < end; ++i) s.rounds_up_to[i] = before += s.rounds_up_to[i];
+    if (threadIdx.x == kIndexerThreads - 1) {
+        const int64_t total = before;
+        s.begin = static_cast<int>(total * blockIdx.x / gridDim.x);
+        s.end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
+    }
+    __syncthreads();
+}
+
+template <class Shape>
+__device__ __forceinline__ int rounds_before(const LogitsStorage<Shape>& s, int token_block) {
+    return token_block == 0 ? 0 : s.rounds_up_to[token_block - 1];
+}
+
+// The block of tokens that holds the first round of the share.
+template <class Shape>
+__device__ int first_token_block(const LogitsStorage<Shape>& s, int token_blocks) {
+    int low = 0;
+    for (int high = token_blocks; low < high;) {
+        const int middle = (low + high) / 2;
+        if (s.rounds_up_to[middle] <= s.begin) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+// The tiles of a run that belong to the share, if its rounds begin at number `first`.
+template <class Shape>
+__device__ TileRange tiles_of_share(const LogitsStorage<Shape>& s, const TokenRun& run, int first) {
+    const int rounds = rounds_of(run.keys);
+    const int from = min(max(s.begin - first, 0), rounds);
+    const int to = min(max(s.end - first, 0), rounds);
+    return {from * kWarpgroups, min(to * kWarpgroups, run.tiles())};
+}
+
+// -inf into `count` places, by a warp; in between in vectors of four.
+__device__ __forceinline__ void fill_unseen(float* out, int64_t count) {
+    const int lane = threadIdx.x % 32;
+    const int64_t to_boundary = (-reinterpret_cast<uintptr_t>(out) % 16) / sizeof(float);
+    const int64_t head = min(to_boundary, count), vectors = (count - head) / 4;
+    if (lane < head) out[lane] = -INFINITY;
+    auto* four = reinterpret_cast<float4*>(out + head);
+#pragma unroll 1
+    for (int64_t i = lane; i < vectors; i += 32)
+        four[i] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    if (const int64_t i = head + 4 * vectors + lane; i < count) out[i] = -INFINITY;
+}
+
+// How many keys each token sees, or -inf for those that it does not; a warp a token, by `warps`
+// warps of each block.
+template <class Shape>
+__device__ void tell_visible(const IndexerLogitsParams& p, int warp, int warps) {
+    for (int token = p.first_token + blockIdx.x * warps + warp; token < p.tokens;
+         token += gridDim.x * warps) {
+        const Sequence sequence = sequence_at<Shape::kPaged>(p, sequence_of(p, token));
+        const int visible = sequence.visible(token, p.width);
+        const int row = token - p.first_token, lane = threadIdx.x % 32;
+        if (p.visible != nullptr) {
+            if (lane == 0) p.visible[row] = visible;
+        } else {
+            fill_unseen(p.out + row * p.out_stride + visible, p.width - visible);
+        }
     }
 }
 
 template <class Shape>
 __global__ void __launch_bounds__(kIndexerThreads, 1)
     indexer_logits_kernel(const __grid_constant__ CUtensorMap map, const IndexerLogitsParams p) {
-    auto& s = aligned_storage<ScoreStorage<Shape>>();
-    const int first_token = p.first_token + blockIdx.x / p.key_blocks * Shape::kTokens;
-    const int key_block = blockIdx.x % p.key_blocks;
-    const int first_tile = key_block * p.key_rounds * kWarpgroups;
-    const int end_tile = first_tile + p.key_rounds * kWarpgroups;
-    init_barriers(s);
+    auto& s = aligned_storage<LogitsStorage<Shape>>();
+    init_storage(s.score);
     wait_for_kernels_before();
-    find_keys(p, s, first_token);
-    __syncthreads();
+    count_rounds(p, s);
 
-    uint32_t scored = 0;
+    // Calls work(run, tiles, first_token) for all runs of the share, by scorers and loaders;
+    // start(first_token) before the first one of each block of tokens.
+    const auto meet = [] { named_barrier_sync(kSyncWorkers, kScoreThreads + 32 * kWarpgroups); };
+    const auto for_each_run = [&](const auto& start, const auto& work) {
+        for (int block = first_token_block(s, p.token_blocks);
+             block < p.token_blocks && rounds_before(s, block) < s.end; ++block) {
+            const int first_token = p.first_token + block * Shape::kTokens;
+            meet();  // the last tokens are done with
+            find_keys(p, s.score, first_token);
+            meet();
+            uint32_t scored = 0;
 #pragma unroll
-    for (int t = 0; t < Shape::kTokens; ++t)
-        if (s.visible[t] > max(first_tile * kTileKeys, p.unscored)) scored |= 1u << t;
-    const auto tiles = [&](const TokenRun& run) {
-        return TileRange{first_tile, min(end_tile, run.tiles())};
+            for (int t = 0; t < Shape::kTokens; ++t)
+                if (s.score.visible[t] > p.unscored) scored |= 1u << t;
+            if (scored == 0) continue;
+            start(first_token);
+            for (int first = rounds_before(s, block); scored != 0;) {
+                const TokenRun run = next_run(s.score, scored);
+                scored &= ~run.tokens;
+                first += kStartRounds;
+                const TileRange tiles = tiles_of_share(s, run, first);
+                first += rounds_of(run.keys);
+                if (tiles.first < tiles.last) work(run, tiles, first_token);
+            }
+        }
     };
     if (threadIdx.x >= kScoreThreads) {
         give_registers_back<kLoaderRegisters>();
-        if (threadIdx.x < kScoreThreads + 32 * kWarpgroups) {
-            KeyLoader<Shape> loader;
-            while (scored != 0) {
-                const TokenRun run = next_run(s, scored);
-                scored &= ~run.tokens;
-                loader.load(p, map, s, run, tiles(run));
-            }
-        }
+        const int warp = threadIdx.x / 32 - kScoreThreads / 32;
+        if (warp >= kWarpgroups) return tell_visible<Shape>(p, warp - kWarpgroups, 4 - kWarpgroups);
+        KeyLoader<Shape> loader;
+        for_each_run([](int) {}, [&](const TokenRun& run, TileRange tiles,
+                                     int) { loader.load(p, map, s.score, run, tiles); });
     } else {
         take_registers<kScorerRegisters>();
-        float* out = p.out + (first_token - p.first_token) * p.out_stride;
-        if (p.visible == nullptr) {
-            fill_unseen(p, s, out, first_token, int64_t{first_tile} * kTileKeys,
-                        int64_t{end_tile} * kTileKeys);
-        } else if (key_block == 0) {
-            for (int t = threadIdx.x; t < Shape::kTokens && first_token + t < p.tokens;
-                 t += kScoreThreads)
-                p.visible[first_token - p.first_token + t] = s.visible[t];
-        }
-        if (scored == 0) return;
-        load_queries(p, s, first_token);
         Scorer<Shape> scorer;
-        scorer.load_weights(p, first_token);
-        named_barrier_sync(kSyncScorers, kScoreThreads);
-        while (scored != 0) {
-            const TokenRun run = next_run(s, scored);
-            scored &= ~run.tokens;
+        const auto start = [&](int first_token) {
+            scorer.load_weights(p, first_token);
+            load_queries(p, s.score, first_token);
+            named_barrier_sync(kSyncScorers, kScoreThreads);
+        };
+        for_each_run(start, [&](const TokenRun& run, TileRange tiles, int first_token) {
+            float* out = p.out + (first_token - p.first_token) * p.out_stride;
             int seen[Shape::kLaneTokens];
             float* row[Shape::kLaneTokens];
 #pragma unroll
@@ -81,10 +203,10 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                 const int token = Shape::token(scorer.quad, a);
                 const bool mine =
                     run.tokens >> token & 1 && scorer.quad % Shape::kLanesPerToken == 0;
-                seen[a] = mine ? s.visible[token] : 0;
+                seen[a] = mine ? s.score.visible[token] : 0;
                 row[a] = out + token * p.out_stride;
             }
-            scorer.score(p, s, run, tiles(run), [&](const auto& scores) {
+            scorer.score(p, s.score, run, tiles, [&](const auto& scores) {
 #pragma unroll
                 for (int a = 0; a < Shape::kLaneTokens; ++a)
 #pragma unroll
@@ -92,7 +214,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                         if (scores.key + kRowStep * r < seen[a])
                             row[a][scores.key + kRowStep * r] = scores.score[a][r];
             });
-        }
+        });
     }
 }
 

@@ -48,8 +48,8 @@ int64_t tokens_with_room(const IndexerTopkParams& p) {
 bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
     const int64_t block = heads <= 16 ? 8 : 128 / heads, wave = num_multiprocessors() * block;
     const double waves = static_cast<double>((p.tokens + wave - 1) / wave);
-    const double two_steps = (0.35e-5 + 3.6e-5 / block) * p.tokens * p.width;
-    return tokens_with_room(p) > 0 && two_steps < waves * (130 + 3.8e-3 * p.width);
+    const double two_steps = (0.2e-5 + 3.2e-5 / block) * p.tokens * p.width;
+    return tokens_with_room(p) > 0 && two_steps < waves * (65 + 3.5e-3 * p.width);
 }
 
 void score_then_select(const IndexerTopkParams& p, const CUtensorMap& map, bool paged,

@@ -1,5 +1,5 @@
-// topk_select of a row that fits into the shared memory of a cluster of 1 to 16 blocks: a radix
-// select over keys that stay there, the first choice for few rows and for short ones.
+// topk_select of a row that fits into the shared memory of a cluster of 2 to 16 blocks: a radix
+// select over keys that stay there, for rows so few that a block for each leaves the GPU idle.
 //
 // A row's columns go to the blocks in order, to the threads of a block in order. A key is the
 // complement of the score's order: the best is the smallest. Three digits, of 11, 11 and 10 bits,
@@ -14,10 +14,9 @@
 // A thread's columns are neighbours: one scan a row orders the members. In shared memory they take
 // an odd number of 16-byte vectors, so that eight threads read eight different banks of four.
 //
-// A block alone is bound by issue slots, so one of its warps searches the counts for all. Few rows
-// are bound by latency: four meetings of the cluster and six reads of other blocks' memory that
-// wait for each other; there every warp searches, and nothing waits for one of them. Measured on an
-// H200: 12.4 us for one row of 131072 with 16 blocks, 113 us for 4096 rows of 8192.
+// Bound by latency: four meetings of the cluster and six reads of other blocks' memory that wait
+// for each other; every warp searches the counts, and nothing waits for one of them. Measured on an
+// H200: 12.4 us for one row of 131072 with 16 blocks.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -48,10 +47,11 @@ __device__ __forceinline__ uint32_t descending_key(float score) {
 
 constexpr int kMostTopk = 4096;
 
-// Where the counts reach what was wanted, and how much of that is left inside.
+// Where the counts reach what was wanted, how much of that is left inside, of how many.
 struct Bin {
     uint32_t value;
     int wanted;
+    int count;
 };
 
 struct alignas(16) ResidentStorage {
@@ -66,7 +66,6 @@ struct alignas(16) ResidentStorage {
         Histogram digits[kDigits];
         int32_t chosen[kMostTopk];  // afterwards: the block's members
     };
-    Bin found;
     uint32_t all_members[2];           // keys before the cut, keys equal to it
     uint32_t members[kResidentWarps];  // the same of each warp, the second in the upper half
     alignas(16) uint4 keys[];          // of the block's columns
@@ -84,7 +83,7 @@ struct Slice {
     __host__ __device__ int stride() const { return vectors | 1; }  // of a thread, in vectors
 };
 
-template <typename T, bool kClustered>
+template <typename T>
 struct Resident {
     static constexpr int kVector = 16 / sizeof(T);
     static constexpr int kInFlight = 4;  // vectors that a thread loads at a time
@@ -95,8 +94,8 @@ struct Resident {
 
     const Row<T>& row;
     ResidentStorage& s;
-    const int rank = kClustered ? cluster_rank() : 0;
-    const int blocks = kClustered ? cluster_size() : 1;
+    const int rank = cluster_rank();
+    const int blocks = cluster_size();
     const Slice slice{row.end, blocks};
     const int first = rank * slice.columns();  // this block's first one
     const uint4* own = s.keys + threadIdx.x * slice.stride();
@@ -143,16 +142,19 @@ struct Resident {
     }
 
     __device__ void count(ResidentStorage::Histogram& h, uint32_t bin) {
-        shared_add(shared_address(h.bins) + bin * 4, 1, true);
+        shared_add(shared_address(h.bins) + bin * 4, 1);
     }
 
-    // The smallest key that, with all before it, makes up `wanted`.
+    // A key that, with all before it and the first of those equal to it, makes up `wanted`: of all
+    // digits, or of fewer if a bin belongs as a whole.
     __device__ Bin find_cut(int wanted) {
         Bin cut = find_bin(s.digits[0], wanted);
         int shift = 32 - kDigitBits;
         cut.value <<= shift;
 #pragma unroll 1
         for (int digit = 1; digit < kDigits; ++digit) {
+            const uint32_t end = cut.value + (1u << shift);
+            if (cut.wanted == cut.count && end != 0) return {end, 0, 0};
             shift = max(shift - kDigitBits, 0);
 #pragma unroll 2
             for (int i = 0; i < slice.vectors; ++i) {
@@ -161,7 +163,7 @@ struct Resident {
                     count(s.digits[digit], min((key - cut.value) >> shift, kDigitBins));
             }
             const Bin bin = find_bin(s.digits[digit], cut.wanted);
-            cut = {cut.value + (bin.value << shift), bin.wanted};
+            cut = {cut.value + (bin.value << shift), bin.wanted, bin.count};
         }
         return cut;
     }
@@ -170,23 +172,12 @@ struct Resident {
     __device__ Bin find_bin(ResidentStorage::Histogram& h, int wanted) {
         __syncthreads();
         sum_groups(h);
-        if constexpr (kClustered) {
-            cluster_arrive();
-            cluster_wait();
-            const Bin outer = reach(sum_blocks(h.groups, h.cluster_groups, kBinGroups), wanted);
-            const Bin inner =
-                reach(sum_blocks(h.bins + 32 * outer.value, h.cluster_bins, 32), outer.wanted);
-            return {32 * outer.value + inner.value, inner.wanted};
-        } else {
-            __syncthreads();
-            if (group.warp() == 0) {
-                const Bin outer = reach(two_of(h.groups, kBinGroups), wanted);
-                const Bin inner = reach(two_of(h.bins + 32 * outer.value, 32), outer.wanted);
-                if (group.lane() == 0) s.found = {32 * outer.value + inner.value, inner.wanted};
-            }
-            __syncthreads();
-            return s.found;
-        }
+        cluster_arrive();
+        cluster_wait();
+        const Bin outer = reach(sum_blocks(h.groups, h.cluster_groups, kBinGroups), wanted);
+        const Bin inner =
+            reach(sum_blocks(h.bins + 32 * outer.value, h.cluster_bins, 32), outer.wanted);
+        return {32 * outer.value + inner.value, inner.wanted, inner.count};
     }
 
     // Sums of 32 bins: four a warp, of eight lanes each.
@@ -210,8 +201,8 @@ struct Resident {
         const int i = 2 * group.lane();
         if (group.warp() < blocks && i < n) {
             const uint2 two = cluster_load(counts + i, group.warp());
-            shared_add(shared_address(sums + i), two.x, true);
-            shared_add(shared_address(sums + i + 1), two.y, true);
+            shared_add(shared_address(sums + i), two.x);
+            shared_add(shared_address(sums + i + 1), two.y);
         }
         __syncthreads();
         return two_of(sums, n);
@@ -220,12 +211,14 @@ struct Resident {
     // Which of the counts, two of each lane, reaches `wanted`.
     __device__ Bin reach(uint2 two, int wanted) {
         const int one = two.x, both = two.x + two.y;
-        const int rest = wanted - (sum_up_to(group, both) - both);  // wanted of this lane and later
+        const int rest = wanted - (sum_up_to(both) - both);  // wanted of this lane and later
         const uint32_t here = __ballot_sync(~0u, 0 < rest && rest <= both);
+        const uint32_t first = 2 * group.lane();
         const Bin bin =
-            rest <= one ? Bin{2u * group.lane(), rest} : Bin{2u * group.lane() + 1, rest - one};
+            rest <= one ? Bin{first, rest, one} : Bin{first + 1, rest - one, both - one};
         const int source = __ffs(here) - 1;
-        return {__shfl_sync(~0u, bin.value, source), __shfl_sync(~0u, bin.wanted, source)};
+        return {__shfl_sync(~0u, bin.value, source), __shfl_sync(~0u, bin.wanted, source),
+                __shfl_sync(~0u, bin.count, source)};
     }
 
     // Writes the positions of the block's members, ascending.
@@ -239,27 +232,21 @@ struct Resident {
             for (uint32_t key : {four.x, four.y, four.z, four.w})
                 members += key < cut.value ? 1 : key == cut.value ? 1 << 16 : 0;
         }
-        const uint32_t up_to = sum_up_to(group, static_cast<int>(members));
+        const uint32_t up_to = sum_up_to(static_cast<int>(members));
         if (group.lane() == 31) {
             s.members[group.warp()] = up_to;
-            if constexpr (kClustered) {
-                shared_add(shared_address(s.all_members), up_to & 0xffff, true);
-                shared_add(shared_address(s.all_members + 1), up_to >> 16, true);
-            }
+            shared_add(shared_address(s.all_members), up_to & 0xffff);
+            shared_add(shared_address(s.all_members + 1), up_to >> 16);
         }
         uint32_t before = 0, equal = 0;  // members of the blocks, then of the threads before this
-        if constexpr (kClustered) {
-            cluster_arrive();
-            cluster_wait();
-            if (group.lane() < rank) {
-                const uint2 all = cluster_load(s.all_members, group.lane());
-                before = all.x, equal = all.y;
-            }
-            before = __reduce_add_sync(~0u, before), equal = __reduce_add_sync(~0u, equal);
-            cluster_arrive();  // nobody looks at this block's memory from here on
-        } else {
-            __syncthreads();
+        cluster_arrive();
+        cluster_wait();
+        if (group.lane() < rank) {
+            const uint2 all = cluster_load(s.all_members, group.lane());
+            before = all.x, equal = all.y;
         }
+        before = __reduce_add_sync(~0u, before), equal = __reduce_add_sync(~0u, equal);
+        cluster_arrive();  // nobody looks at this block's memory from here on
         // Where the member goes that `of_block` of the block's come before.
         const auto place = [&](uint32_t of_block) {
             return before + (of_block & 0xffff) + min(equal + (of_block >> 16), wanted);
@@ -285,11 +272,11 @@ struct Resident {
 #pragma unroll 1
         for (uint32_t i = begin + threadIdx.x; i < end; i += kResidentThreads)
             row.out[i] = s.chosen[i - begin];
-        if constexpr (kClustered) cluster_wait();
+        cluster_wait();
     }
 };
 
-template <typename T, bool kClustered>
+template <typename T>
 __global__ void __launch_bounds__(kResidentThreads, 3)
     topk_select_resident_kernel(const TopkSelectParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
@@ -300,11 +287,11 @@ __global__ void __launch_bounds__(kResidentThreads, 3)
         reinterpret_cast<uint4*>(shared)[i] = {0, 0, 0, 0};
     __syncthreads();
     wait_for_kernels_before();
-    const int blocks = kClustered ? cluster_size() : 1, rank = kClustered ? cluster_rank() : 0;
+    const int blocks = cluster_size(), rank = cluster_rank();
     const Row<T> row(p, blockIdx.x / blocks);
     const int thread = rank * kResidentThreads + threadIdx.x;
     if (row.take_all(p.topk, thread, blocks * kResidentThreads)) return;
-    Resident<T, kClustered> resident{row, s};
+    Resident<T> resident{row, s};
     resident.load();
     resident.write(resident.find_cut(p.topk));
 }

@@ -1,20 +1,19 @@
 // topk_select on Hopper, the launches: exact, deterministic, smallest position first among equals,
-// no workspace. Few rows and short ones stay in shared memory (resident.cuh), the others stream
-// through it (streamed.cuh).
+// no workspace. Few rows share the GPU in clusters (resident.cuh); of many, short ones have a block
+// each that holds them (bracket.cuh), the others stream through theirs (streamed.cuh).
 #include <algorithm>
 #include <map>
 #include <mutex>
 #include <utility>
 
 #include "common/cuda.h"
+#include "topk_select/bracket.cuh"
 #include "topk_select/launch.h"
 #include "topk_select/resident.cuh"
 #include "topk_select/streamed.cuh"
 
 namespace dsa {
 namespace {
-
-constexpr int kShortColumns = 16384;
 
 // Of a row of `width` columns that begins at any address.
 Slice slice_of(int width, int blocks) { return {width + 16 / 2 - 1, blocks}; }
@@ -25,15 +24,9 @@ int resident_bytes(int width, int blocks) {
 }
 
 template <typename T>
-auto* resident_kernel(int blocks) {
-    return blocks == 1 ? topk_select_resident_kernel<T, false>
-                       : topk_select_resident_kernel<T, true>;
-}
-
-template <typename T>
 void launch_resident(const TopkSelectParams& p, int blocks, cudaStream_t stream) {
     STD_TORCH_CHECK(p.topk <= kMostTopk, "topk: at most ", kMostTopk, ", not ", p.topk);
-    auto* kernel = resident_kernel<T>(blocks);
+    auto* kernel = topk_select_resident_kernel<T>;
     allow_shared_memory(kernel, kMostSharedBytes);
     allow_large_clusters(kernel);
     launch_after(stream, kernel, p.rows * blocks, kResidentThreads, resident_bytes(p.width, blocks),
@@ -49,7 +42,7 @@ int rows_at_once(int width, int blocks) {
     const std::lock_guard lock(mutex);
     const auto [entry, is_new] = known.try_emplace({bytes, blocks});
     if (is_new) {
-        auto* kernel = resident_kernel<float>(blocks);
+        auto* kernel = topk_select_resident_kernel<float>;
         allow_shared_memory(kernel, kMostSharedBytes);
         allow_large_clusters(kernel);
         entry->second = active_clusters(kernel, kResidentThreads, bytes, blocks);
@@ -57,23 +50,57 @@ int rows_at_once(int width, int blocks) {
     return entry->second;
 }
 
-// The blocks that share a row in shared memory, 0 if it had better stream. Of long rows, as many
-// stay there as fit at once, or three times as many where two blocks share an SM; few of them take
-// the blocks that the GPU has to spare.
-int blocks_of_row(const TopkSelectParams& p) {
+// The fewest blocks whose shared memory holds a row that is too long for one: as many rows as fit
+// at once, or three times as many where two blocks share an SM. 1 if it had better stream.
+int blocks_of_long_row(const TopkSelectParams& p) {
     for (const bool in_turns : {false, true}) {
-        for (int blocks = 1; blocks <= kMostBlocks; blocks *= 2) {
+        for (int blocks = 2; blocks <= kMostBlocks; blocks *= 2) {
             const int bytes = resident_bytes(p.width, blocks);
             if (bytes > (in_turns ? kMostSharedBytes / 2 : kMostSharedBytes)) continue;
-            const int most = p.width <= kShortColumns ? p.rows : rows_at_once(p.width, blocks);
-            if (p.rows > (in_turns ? 3 * most : most)) continue;
-            while (blocks < kMostBlocks && int64_t{p.rows} * 2 * blocks <= num_multiprocessors() &&
-                   slice_of(p.width, blocks).columns() > 4096)
-                blocks *= 2;
-            return blocks;
+            if (p.rows <= (in_turns ? 3 : 1) * rows_at_once(p.width, blocks)) return blocks;
         }
     }
-    return 0;
+    return 1;
+}
+
+// The blocks that share a row: those that the GPU has to spare.
+int blocks_of_row(const TopkSelectParams& p, bool is_short) {
+    int blocks = is_short ? 1 : blocks_of_long_row(p);
+    if (!is_short && blocks == 1) return blocks;
+    while (blocks < kMostBlocks && int64_t{p.rows} * 2 * blocks <= num_multiprocessors() &&
+           slice_of(p.width, blocks).columns() > 4096)
+        blocks *= 2;
+    return blocks;
+}
+
+// Columns from the 16-byte boundary at or before the first one on, of any row.
+template <typename T>
+int columns_from_boundary(const TopkSelectParams& p) {
+    constexpr int kVector = 16 / sizeof(T);
+    const bool on_boundary = p.starts == nullptr && p.row_stride % kVector == 0 &&
+                             reinterpret_cast<uintptr_t>(p.scores) % 16 == 0;
+    return p.width + (on_boundary ? 0 : kVector - 1);
+}
+
+template <typename T>
+void launch_bracket(const TopkSelectParams& p, cudaStream_t stream) {
+    const int columns = columns_from_boundary<T>(p);
+    const auto launch = [&]<int kThreads>() {
+        auto* kernel = topk_select_bracket_kernel<T, kThreads>;
+        const int words = (columns + kWordColumns - 1) / kWordColumns;
+        const int row_bytes = std::max<int>(words * kWordColumns * sizeof(T), 4 * p.topk);
+        allow_shared_memory(kernel, kMostSharedBytes);
+        launch_after(stream, kernel, p.rows, kThreads, sizeof(BracketStorage) + row_bytes, 1, p);
+    };
+    if (columns <= 128 * kWordColumns) {
+        launch.template operator()<128>();
+    } else if (columns <= 256 * kWordColumns) {
+        launch.template operator()<256>();
+    } else if (columns <= 512 * kWordColumns) {
+        launch.template operator()<512>();
+    } else {
+        launch.template operator()<1024>();
+    }
 }
 
 template <typename T>
@@ -90,18 +117,23 @@ void launch_streamed(TopkSelectParams& p, cudaStream_t stream) {
     launch_after(stream, kernel, p.rows, kThreads, fixed + p.stages * stage, 1, p);
 }
 
+template <typename T>
+void launch(TopkSelectParams& p, cudaStream_t stream) {
+    const bool is_short = columns_from_boundary<T>(p) <= kMostBracketThreads * kWordColumns;
+    const int blocks = blocks_of_row(p, is_short);
+    if (blocks > 1) {
+        launch_resident<T>(p, blocks, stream);
+    } else if (is_short) {
+        launch_bracket<T>(p, stream);
+    } else {
+        launch_streamed<T>(p, stream);
+    }
+}
+
 }  // namespace
 
 void select_rows(TopkSelectParams& p, ScoreType type, cudaStream_t stream) {
-    const int blocks = blocks_of_row(p);
-    const auto launch = [&]<typename T>() {
-        blocks ? launch_resident<T>(p, blocks, stream) : launch_streamed<T>(p, stream);
-    };
-    if (type == ScoreType::kFloat) {
-        launch.template operator()<float>();
-    } else {
-        launch.template operator()<__nv_bfloat16>();
-    }
+    type == ScoreType::kFloat ? launch<float>(p, stream) : launch<__nv_bfloat16>(p, stream);
 }
 
 Tensor topk_select(const Tensor& scores, int64_t topk, std::optional<Tensor> starts,
