@@ -5,11 +5,14 @@
 // next, -0.0 equals +0.0. Candidates gather in ascending position. When kCandidates * topk of them
 // are there, all but the best topk go, and the worst that stays is a bound: a later key that does
 // not exceed it can never belong to the set (topk earlier keys are at least as good), so it is not
-// kept. The k-th largest key is found by counting keys in 2048 equal bins between the smallest and
-// the largest; only the bin that holds it is looked at again, at most twice.
+// kept. A row that is at hand as a whole begins with a bound guessed from a sample, and again
+// without one if fewer than topk keys beat it. The k-th largest key is found by counting keys in
+// 2048 equal bins between the smallest and the largest; only the bin that holds it is looked at
+// again, at most twice.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -47,7 +50,12 @@ class TopkRow {
     void select(const float* scores, int64_t n, int64_t topk, int32_t* out) {
         if (n <= topk) return select_all(n, topk, out);
         begin(topk);
+        guess_bound(scores, n);
         feed(scores, 0, n);
+        if (count_ < topk) {  // fewer than topk beat the guess
+            begin(topk);
+            feed(scores, 0, n);
+        }
         finish(out);
     }
 
@@ -89,6 +97,27 @@ class TopkRow {
     static constexpr int64_t kCandidates = 4;
     static constexpr int64_t kGroup = 4 * kLanes;  // keys that are skipped together
     static constexpr int kBins = 2048;
+    static constexpr int64_t kFewestSampled = 256, kMostSampled = 4096;
+
+    // A bound that more than topk keys will beat, so that no other is kept from the start: the key
+    // of a sample that four standard deviations more than its share of topk reach. None where that
+    // is most of the sample.
+    void guess_bound(const float* scores, int64_t n) {
+        const int64_t sample = std::clamp(n / 32, kFewestSampled, kMostSampled) / kLanes * kLanes;
+        if (n < 2 * sample) return;
+        const double expected = static_cast<double>(sample) * topk_ / n;
+        const auto rank = static_cast<int64_t>(expected + 4 * std::sqrt(expected)) + 4;
+        if (2 * rank > sample) return;
+        kept_.resize(std::max<size_t>(kept_.size(), sample));
+        const int64_t step = n / (sample / kLanes);
+        for (int64_t i = 0; i < sample / kLanes; ++i) {
+            const VecU key = order_key(load(scores + i * step));
+            std::memcpy(kept_.data() + i * kLanes, &key, sizeof key);
+        }
+        int64_t ties;
+        bound_ = kth_largest(kept_.data(), sample, rank, &ties);
+        bounded_ = true;
+    }
 
     void keep_all(const float* scores, int64_t base, int64_t i, int64_t stop) {
         uint32_t* keys = keys_.data() + count_;
@@ -136,7 +165,7 @@ class TopkRow {
     // The best topk candidates' positions go to `positions`; they become the candidates.
     void drop_to_topk(int32_t* positions) {
         int64_t ties;  // how many keys equal to the bound belong to the set
-        bound_ = kth_largest(&ties);
+        bound_ = kth_largest(keys_.data(), count_, topk_, &ties);
         bounded_ = true;
         const uint32_t bound = bound_;
         uint32_t* keys = keys_.data();
@@ -152,9 +181,8 @@ class TopkRow {
         count_ = topk_;
     }
 
-    uint32_t kth_largest(int64_t* ties) {
-        const uint32_t* keys = keys_.data();
-        int64_t n = count_, k = topk_;
+    // Of n keys; `ties` becomes how many of those equal to it are among the k largest.
+    uint32_t kth_largest(const uint32_t* keys, int64_t n, int64_t k, int64_t* ties) {
         int32_t histogram[2][kBins];
         for (;;) {
             const auto [low, high] = range(keys, n);
@@ -179,7 +207,7 @@ class TopkRow {
                 return low + bin;
             }
             if (static_cast<int64_t>(kept_.size()) < kept) kept_.resize(kept);
-            int64_t m = 0;  // in place from the second round on: m never passes i
+            int64_t m = 0;  // keys may be kept_ itself: m never passes i
             for (int64_t i = 0; m < kept; ++i) {
                 kept_[m] = keys[i];
                 m += (keys[i] - low) >> shift == bin;
