@@ -1,0 +1,266 @@
+// indexer_topk on Hopper, what a warp does for a token: it guesses the bound from a sample, and
+// selects from the list of candidates that the scorers appended.
+#pragma once
+
+#include "common/candidates.cuh"
+#include "common/indexer_tile.cuh"
+#include "indexer_topk/params.h"
+
+namespace dsa {
+
+constexpr int kScoreWarps = kScoreThreads / 32;
+constexpr int kSegments = kScoreThreads / 4;  // of a list: a quad scores a key for all tokens
+
+template <class Shape>
+struct alignas(1024) TopkStorage {
+    static constexpr int kBitmapWords = Shape::kDim == 64 ? 4096 : 2048;
+    static constexpr int kSampled = kBitmapWords;  // keys of a token, at most
+    static_assert(Shape::kTokens <= kScoreWarps);  // a warp for each list
+
+    ScoreStorage<Shape> score;
+    union {
+        alignas(16) uint32_t bitmap[kScoreWarps][kBitmapWords];
+        float sample[Shape::kTokens][kSampled / kSegments][kSegments];  // scores, as in segments
+    };
+    SelectScratch scratch[kScoreWarps];
+    int appended[Shape::kTokens][kSegments];  // those that found no room included
+    int front[Shape::kTokens];                // candidates before the segments
+    float bound[Shape::kTokens];
+    float high[Shape::kTokens];  // the best of the sample
+    uint32_t again;              // tokens whose bound was not right
+    int block;
+};
+
+// The segments of a list lie side by side: entry e of number i at begin + e * kSegments + i. The
+// last entries take what finds no room.
+struct Segments {
+    int begin;
+    int room;
+
+    __device__ Segments(const IndexerTopkParams& p, bool with_front)
+        : begin(with_front ? p.front : 0), room((p.capacity - begin) / kSegments - 1) {}
+};
+
+// The list of token t in the workspace.
+template <class Shape>
+__device__ Candidate* list_of(const IndexerTopkParams& p, int t) {
+    return p.candidates + (static_cast<int64_t>(blockIdx.x) * Shape::kTokens + t) * p.capacity;
+}
+
+// A list as a warp reads it: two neighbouring columns of 64 a lane, first of what lies before the
+// segments, then of these.
+struct ColumnList {
+    const Candidate* entries[2];
+    int2 counts[2];  // of this lane's columns
+    int rows[2];
+    int total;  // candidates; if not `whole`, more than these were appended
+    bool whole;
+
+    template <class Shape>
+    __device__ ColumnList(const IndexerTopkParams& p, const TopkStorage<Shape>& s, int t,
+                          const Segments& segments)
+        : entries{list_of<Shape>(p, t), list_of<Shape>(p, t) + segments.begin} {
+        const int column = threadIdx.x % 32 * 2, front = s.front[t];
+        counts[0] = {(front - column + kSegments - 1) / kSegments,
+                     (front - column + kSegments - 2) / kSegments};
+        const int2 appended = *reinterpret_cast<const int2*>(&s.appended[t][column]);
+        counts[1] = {min(appended.x, segments.room), min(appended.y, segments.room)};
+        rows[0] = (front + kSegments - 1) / kSegments;
+        rows[1] = __reduce_max_sync(~0u, max(counts[1].x, counts[1].y));
+        total = front + __reduce_add_sync(~0u, counts[1].x + counts[1].y);
+        whole = __all_sync(~0u, max(appended.x, appended.y) <= segments.room);
+    }
+};
+
+// Calls f(entries, there) with arrays of kLaneCandidates for all candidates: some entries are not
+// there.
+template <class F>
+__device__ __forceinline__ void for_each_entry(const ColumnList& list, const F& f) {
+    constexpr int kRows = kLaneCandidates / 2, kAhead = 2;
+    using Rows = float4[kRows];
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+        const Candidate* entries =
+            (part ? list.entries[1] : list.entries[0]) + threadIdx.x % 32 * 2;
+        const int2 counts = part ? list.counts[1] : list.counts[0];
+        const int rows = part ? list.rows[1] : list.rows[0];
+        const int own_rows = max(counts.x, counts.y);
+        Rows ahead[kAhead];
+        const auto fetch = [&](Rows& two, int row) {
+#pragma unroll
+            for (int u = 0; u < kRows; ++u) {
+                const auto* from = reinterpret_cast<const float4*>(entries + (row + u) * kSegments);
+                two[u] = row + u < own_rows ? __ldcg(from) : float4{};
+            }
+        };
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) fetch(ahead[a], a * kRows);
+#pragma unroll 1
+        for (int base = 0; base < rows; base += kAhead * kRows) {
+#pragma unroll
+            for (int a = 0; a < kAhead; ++a) {
+                const int row = base + a * kRows;
+                Candidate own[kLaneCandidates];
+                bool there[kLaneCandidates];
+#pragma unroll
+                for (int u = 0; u < kRows; ++u) {
+                    const float4 two = ahead[a][u];
+                    own[2 * u] = {two.x, __float_as_int(two.y)};
+                    own[2 * u + 1] = {two.z, __float_as_int(two.w)};
+                    there[2 * u] = row + u < counts.x;
+                    there[2 * u + 1] = row + u < counts.y;
+                }
+                fetch(ahead[a], row + kAhead * kRows);
+                f(own, there);
+            }
+        }
+    }
+}
+
+template <class F>
+__device__ __forceinline__ void for_each(const ThreadGroup<32>&, const ColumnList& list,
+                                         const F& f) {
+    for_each_entry(list, [&](const auto& entries, const auto& there) {
+        uint32_t keys[kLaneCandidates];
+#pragma unroll
+        for (int u = 0; u < kLaneCandidates; ++u)
+            keys[u] = there[u] ? order_key(entries[u].score) : 0;
+        f(keys, entries);
+    });
+}
+
+__device__ __forceinline__ ThreadGroup<32> this_warp() {
+    return {static_cast<int>(threadIdx.x % 32), 0};
+}
+
+// Guesses the bound of token t from its sample, by a warp: 1024 equal bins over the sample's range.
+template <class Shape>
+__device__ void guess_bound(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t) {
+    const int lane = threadIdx.x % 32;
+    const int2 counts = *reinterpret_cast<const int2*>(&s.appended[t][2 * lane]);
+    const int rows = __reduce_max_sync(~0u, max(counts.x, counts.y));
+    const int sampled = __reduce_add_sync(~0u, counts.x + counts.y);
+    const int rank = sample_rank(sampled, p.topk, s.score.visible[t]);
+    if (rank == 0) return;
+    SelectScratch& scratch = s.scratch[threadIdx.x / 32];
+    const auto for_each_two = [&](const auto& f) {
+#pragma unroll 4
+        for (int row = 0; row < rows; ++row) {
+            const auto* two = reinterpret_cast<const float2*>(&s.sample[t][row][2 * lane]);
+            f(two->x, row < counts.x);
+            f(two->y, row < counts.y);
+        }
+    };
+    ScoreRange range;
+    for_each_two([&](float score, bool there) { range.add(score, there); });
+    range.add_lanes();
+    clear_histogram(this_warp(), scratch);
+    const EqualBins bins(range.low, range.high);
+    const uint32_t histogram = shared_address(scratch.histogram);
+    for_each_two(
+        [&](float score, bool there) { shared_add(histogram + bins.bin(score) * 4, 1, there); });
+    __syncwarp();
+    const int bin = find_bin(this_warp(), scratch, rank).value;
+    if (lane == 0 && bin > 0) s.bound[t] = bins.edge(bin);
+    if (lane == 0) s.high[t] = range.high;
+}
+
+enum class Guessed { kWritten, kCrowded, kTooFew };
+
+// Writes the topk best of a list of all scores that beat a finite bound, by a warp, if there are so
+// many. Two passes over the list: 1024 equal bins between the bound and the best of the sample, of
+// which one holds the topk-th; then all of better bins are marked, and of this one those that
+// belong, if it is not too crowded for a warp to rank.
+template <class Shape>
+__device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
+                                 const ColumnList& list, int32_t* row) {
+    const ThreadGroup<32> group = this_warp();
+    const int warp = threadIdx.x / 32;
+    SelectScratch& scratch = s.scratch[warp];
+    const EqualBins bins(s.bound[t], s.high[t]);
+    const uint32_t histogram = shared_address(scratch.histogram);
+    clear_histogram(group, scratch);
+    int above = 0;  // without NaN
+    for_each_entry(list, [&](const auto& entries, const auto& there) {
+#pragma unroll
+        for (int u = 0; u < kLaneCandidates; ++u) {
+            const bool counts = there[u] && entries[u].score == entries[u].score;
+            shared_add(histogram + bins.bin(entries[u].score) * 4, 1, counts);
+            above += counts;
+        }
+    });
+    __syncwarp();
+    if (__reduce_add_sync(~0u, above) < p.topk) return Guessed::kTooFew;
+    const Cut cut = find_bin(group, scratch, p.topk);
+    if (cut.count > 32) return Guessed::kCrowded;
+    const int cut_bin = cut.value;
+    // The candidates of the cut's bin, collected where the first bins were counted.
+    auto* in_bin = reinterpret_cast<Candidate*>(scratch.histogram);
+    const auto mark = [&](const auto& set) {
+        if (group.lane() == 0) scratch.sums[0] = 0;
+        __syncwarp();
+        for_each_entry(list, [&](const auto& entries, const auto& there) {
+            uint32_t hits = 0;
+#pragma unroll
+            for (int u = 0; u < kLaneCandidates; ++u) {
+                const float score = entries[u].score;
+                const int bin = bins.bin(score);
+                set(entries[u].position, there[u] && bin > cut_bin);
+                hits |= static_cast<uint32_t>(there[u] && bin == cut_bin && score == score) << u;
+            }
+            if (hits == 0) return;
+#pragma unroll
+            for (int u = 0; u < kLaneCandidates; ++u)
+                if (hits >> u & 1) in_bin[atomicAdd(&scratch.sums[0], 1)] = entries[u];
+        });
+        __syncwarp();
+        const Candidate own = in_bin[group.lane()];
+        const uint32_t own_key = order_key(own.score);
+        int better = 0;
+        for (int i = 0; i < cut.count; ++i) {
+            const uint32_t key = __shfl_sync(~0u, own_key, i);
+            const int position = __shfl_sync(~0u, own.position, i);
+            better += key > own_key || (key == own_key && position < own.position);
+        }
+        set(own.position, group.lane() < cut.count && better < cut.wanted);
+    };
+    write_marked<TopkStorage<Shape>::kBitmapWords>(group, scratch, mark, s.score.visible[t],
+                                                   s.bitmap[warp], row);
+    return Guessed::kWritten;
+}
+
+// What a pass, or a part of a certain one, ends with for the list of token t, by a warp: one that
+// is full before the last key is cut to its best topk, kept before the segments, and gives the next
+// bound; one that is complete is written out, if the guess was right.
+template <class Shape>
+__device__ void settle_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
+                            int first_token, bool certain, bool last) {
+    const ColumnList list(p, s, t, Segments(p, certain));
+    const ThreadGroup<32> group = this_warp();
+    const int warp = threadIdx.x / 32;
+    SelectScratch& scratch = s.scratch[warp];
+    int32_t* row = p.indices + static_cast<int64_t>(first_token + t) * p.topk;
+    const float guess = s.bound[t];
+    bool enough = list.total >= p.topk && list.whole;
+    if (!certain && guess == guess && enough) {
+        const Guessed guessed = write_guessed(p, s, t, list, row);
+        if (guessed == Guessed::kWritten) return;
+        enough = guessed == Guessed::kCrowded;
+    }
+    Threshold threshold{0, INT_MAX};
+    if (enough) threshold = find_threshold(group, scratch, list, p.topk);
+    if (!last) {
+        keep(group, scratch, list, threshold, list_of<Shape>(p, t));
+        if (group.thread == 0) {
+            s.front[t] = min(list.total, p.topk);
+            if (enough) s.bound[t] = score_of(threshold.key);
+        }
+    } else if (enough) {
+        write_ascending<TopkStorage<Shape>::kBitmapWords>(group, scratch, list, threshold,
+                                                          s.score.visible[t], s.bitmap[warp], row);
+    } else if (group.thread == 0) {
+        atomicOr(&s.again, 1u << t);
+    }
+}
+
+}  // namespace dsa
