@@ -47,13 +47,6 @@ __device__ __forceinline__ uint32_t descending_key(float score) {
 
 constexpr int kMostTopk = 4096;
 
-// Where the counts reach what was wanted, how much of that is left inside, of how many.
-struct Bin {
-    uint32_t value;
-    int wanted;
-    int count;
-};
-
 struct alignas(16) ResidentStorage {
     struct Histogram {
         uint32_t bins[kDigitBins];
@@ -147,8 +140,8 @@ struct Resident {
 
     // A key that, with all before it and the first of those equal to it, makes up `wanted`: of all
     // digits, or of fewer if a bin belongs as a whole.
-    __device__ Bin find_cut(int wanted) {
-        Bin cut = find_bin(s.digits[0], wanted);
+    __device__ Cut find_cut(int wanted) {
+        Cut cut = find_bin(s.digits[0], wanted);
         int shift = 32 - kDigitBits;
         cut.value <<= shift;
 #pragma unroll 1
@@ -162,20 +155,20 @@ struct Resident {
                 for (uint32_t key : {four.x, four.y, four.z, four.w})
                     count(s.digits[digit], min((key - cut.value) >> shift, kDigitBins));
             }
-            const Bin bin = find_bin(s.digits[digit], cut.wanted);
+            const Cut bin = find_bin(s.digits[digit], cut.wanted);
             cut = {cut.value + (bin.value << shift), bin.wanted, bin.count};
         }
         return cut;
     }
 
     // The bin of the cluster's counts that reaches `wanted`.
-    __device__ Bin find_bin(ResidentStorage::Histogram& h, int wanted) {
+    __device__ Cut find_bin(ResidentStorage::Histogram& h, int wanted) {
         __syncthreads();
         sum_groups(h);
         cluster_arrive();
         cluster_wait();
-        const Bin outer = reach(sum_blocks(h.groups, h.cluster_groups, kBinGroups), wanted);
-        const Bin inner =
+        const Cut outer = reach(sum_blocks(h.groups, h.cluster_groups, kBinGroups), wanted);
+        const Cut inner =
             reach(sum_blocks(h.bins + 32 * outer.value, h.cluster_bins, 32), outer.wanted);
         return {32 * outer.value + inner.value, inner.wanted, inner.count};
     }
@@ -209,20 +202,20 @@ struct Resident {
     }
 
     // Which of the counts, two of each lane, reaches `wanted`.
-    __device__ Bin reach(uint2 two, int wanted) {
+    __device__ Cut reach(uint2 two, int wanted) {
         const int one = two.x, both = two.x + two.y;
         const int rest = wanted - (sum_up_to(both) - both);  // wanted of this lane and later
         const uint32_t here = __ballot_sync(~0u, 0 < rest && rest <= both);
         const uint32_t first = 2 * group.lane();
-        const Bin bin =
-            rest <= one ? Bin{first, rest, one} : Bin{first + 1, rest - one, both - one};
+        const Cut bin =
+            rest <= one ? Cut{first, rest, one} : Cut{first + 1, rest - one, both - one};
         const int source = __ffs(here) - 1;
         return {__shfl_sync(~0u, bin.value, source), __shfl_sync(~0u, bin.wanted, source),
                 __shfl_sync(~0u, bin.count, source)};
     }
 
     // Writes the positions of the block's members, ascending.
-    __device__ void write(Bin cut) {
+    __device__ void write(Cut cut) {
         const uint32_t wanted = cut.wanted;
         // How many keys lie before the cut and, in the upper half, how many equal it.
         uint32_t members = 0;
