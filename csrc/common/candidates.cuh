@@ -384,19 +384,23 @@ __device__ void write_marked(const Group& group, SelectScratch& s, const Mark& m
             const uint4 four = four_words(i);
             const int inclusive = sum_up_to(bits_of(four));
             const int here = __shfl_sync(~0u, inclusive, 31);
-            const bool stage = here <= kStaged;
-            int32_t* next = (stage ? staged : out + place) + inclusive - bits_of(four);
-            int32_t first =
-                static_cast<int32_t>(base) + 32 * (group.warp() * kRun + i + 4 * group.lane());
-            for (uint32_t word : {four.x, four.y, four.z, four.w}) {
+            const auto write_lane = [&](int32_t* next) {
+                int32_t first =
+                    static_cast<int32_t>(base) + 32 * (group.warp() * kRun + i + 4 * group.lane());
+                for (uint32_t word : {four.x, four.y, four.z, four.w}) {
 #pragma unroll 1
-                for (; word != 0; word &= word - 1) *next++ = first + __ffs(word) - 1;
-                first += 32;
-            }
-            if (stage) {
+                    for (; word != 0; word &= word - 1) *next++ = first + __ffs(word) - 1;
+                    first += 32;
+                }
+            };
+            const int before = inclusive - bits_of(four);
+            if (here <= kStaged) {
+                write_lane(staged + before);
                 __syncwarp();
                 for (int j = group.lane(); j < here; j += 32) out[place + j] = staged[j];
                 __syncwarp();
+            } else {
+                write_lane(out + place + before);
             }
             place += here;
         }

@@ -22,9 +22,9 @@ inline void set_queries(IndexerScoreParams& p, const Tensor& q, const Tensor& we
     p.num_sequences = static_cast<int32_t>(cu_seqlens_q.sizes()[0] - 1);
 }
 
-// Sets what p says of the keys, and returns their tensor map.
-inline CUtensorMap packed_keys(IndexerScoreParams& p, const Tensor& k, const Tensor& k_scale,
-                               const Tensor& cu_seqlens_k, int64_t max_seqlen_k) {
+// Sets what p says of the keys, and returns their tensor maps.
+inline KeyMaps packed_keys(IndexerScoreParams& p, const Tensor& k, const Tensor& k_scale,
+                           const Tensor& cu_seqlens_k, int64_t max_seqlen_k) {
     p.key_scale = static_cast<const float*>(k_scale.data_ptr());
     p.key_bounds = ints(cu_seqlens_k);
     p.num_keys = static_cast<int32_t>(k.sizes()[0]);
@@ -33,11 +33,18 @@ inline CUtensorMap packed_keys(IndexerScoreParams& p, const Tensor& k, const Ten
     const cuuint64_t sizes[] = {dim, static_cast<cuuint64_t>(p.num_keys)};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(k.stride(0))};
     const cuuint32_t box[] = {static_cast<cuuint32_t>(dim), kTileKeys};
-    return byte_tensor_map(k.data_ptr(), 2, sizes, strides, box);
+    KeyMaps maps{byte_tensor_map(k.data_ptr(), 2, sizes, strides, box)};
+    // A tensor map begins on 16 bytes.
+    const auto address = reinterpret_cast<uintptr_t>(p.key_scale);
+    maps.scale_offset = static_cast<int>(address % 16 / sizeof(float));
+    maps.scales = float_tensor_map(p.key_scale - maps.scale_offset,
+                                   static_cast<cuuint64_t>(p.num_keys + int64_t{maps.scale_offset}),
+                                   kLoadedScales);
+    return maps;
 }
 
-inline CUtensorMap paged_keys(IndexerScoreParams& p, const Tensor& index_cache,
-                              const Tensor& page_table, const Tensor& lengths, int64_t dim) {
+inline KeyMaps paged_keys(IndexerScoreParams& p, const Tensor& index_cache,
+                          const Tensor& page_table, const Tensor& lengths, int64_t dim) {
     p.key_scale = static_cast<const float*>(index_cache.data_ptr());
     p.key_bounds = ints(lengths);
     p.page_table = ints(page_table);
@@ -48,18 +55,21 @@ inline CUtensorMap paged_keys(IndexerScoreParams& p, const Tensor& index_cache,
     const cuuint64_t sizes[] = {row, kKeys, static_cast<cuuint64_t>(p.num_pages)};
     const cuuint64_t strides[] = {row, page};
     const cuuint32_t box[] = {static_cast<cuuint32_t>(dim), kKeys, 1};
-    return byte_tensor_map(index_cache.data_ptr(), 3, sizes, strides, box);
+    return {byte_tensor_map(index_cache.data_ptr(), 3, sizes, strides, box)};
 }
 
-// Calls run.operator()<IndexerShape<heads, dim, kPaged, kFew>>(); the doors decline other shapes.
-template <bool kPaged, bool kFew, class Run>
+// Calls run.operator()<IndexerShape<heads, dim, kPaged, kDivision>>(); the doors decline others.
+template <bool kPaged, Division kDivision, class Run>
 void with_indexer_shape(int64_t heads, int64_t dim, const Run& run) {
+    const auto with_shape = [&]<int kHeads, int kDim>() {
+        run.template operator()<IndexerShape<kHeads, kDim, kPaged, kDivision>>();
+    };
     const auto with_heads = [&]<int kDim>() {
-        if (heads == 4) return run.template operator()<IndexerShape<4, kDim, kPaged, kFew>>();
-        if (heads == 8) return run.template operator()<IndexerShape<8, kDim, kPaged, kFew>>();
-        if (heads == 16) return run.template operator()<IndexerShape<16, kDim, kPaged, kFew>>();
-        if (heads == 32) return run.template operator()<IndexerShape<32, kDim, kPaged, kFew>>();
-        if (heads == 64) return run.template operator()<IndexerShape<64, kDim, kPaged, kFew>>();
+        if (heads == 4) return with_shape.template operator()<4, kDim>();
+        if (heads == 8) return with_shape.template operator()<8, kDim>();
+        if (heads == 16) return with_shape.template operator()<16, kDim>();
+        if (heads == 32) return with_shape.template operator()<32, kDim>();
+        if (heads == 64) return with_shape.template operator()<64, kDim>();
         STD_TORCH_CHECK(false, "q: expected 4, 8, 16, 32 or 64 heads, got ", heads);
     };
     if (dim == 64) return with_heads.template operator()<64>();

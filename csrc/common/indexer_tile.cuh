@@ -1,18 +1,21 @@
 // Index scores on Hopper's FP8 tensor cores: the part that indexer_logits and indexer_topk share.
 //
-// A block of threads owns kTokens tokens. Two warpgroups take turns at tiles of 128 keys, which two
-// warps of a third load by TMA into a ring a warpgroup. Keys are the rows of the product, the
-// (token, head) pairs its columns, in such an order that the columns a lane holds are all heads of
-// its own tokens: column 8 j + 2 c + e holds head 2 j + e of the tokens of lane c of a quad.
-// Weights stay in registers, ReLU and the weighted sum over heads need no shuffle: two instructions
-// a product. (With 64 heads two lanes share a token and add their halves: one shuffle.)
+// Two warpgroups score tiles of 128 keys, which warps of a third load by TMA, scales and all, into
+// a ring. Keys are the rows of the product, the (token, head) pairs its columns, in such an order
+// that the columns a lane holds are all heads of its own tokens: column 8 j + 2 c + e holds head
+// 2 j + e of the tokens of lane c of a quad. Weights stay in registers, ReLU and the weighted sum
+// over heads need no shuffle: two instructions a product. (With 64 heads two lanes share a token
+// and add their halves: one shuffle.)
 //
 // A tile is two products of 64 keys with accumulators of their own: the tensor cores work on one
-// while the sums of the other are made. At 16 heads x 64 a product takes them 128 cycles and the
-// sums about 180 issue slots on each of four schedulers: bound by the sums. ReLU is a maximum for
-// one row of a thread and x + |x|, with the half in the scale, for the other: a maximum issues at
-// half rate, and so the two pipes share the work. 128 accumulators and 32 weights a thread: the
-// loading warpgroup gives registers to the scorers, 232 each; one block an SM.
+// while the sums of the other are made, from tile to tile for four tiles. (Not further: ptxas waits
+// for all products at the end of a loop's body if their sums are read in the next.) 128
+// accumulators and 32 weights a thread: the loading warpgroup gives registers to the scorers, 232
+// each; one block an SM.
+//
+// Who scores what is the shape's `Division`. Where there are many tokens and nothing but scores,
+// each warpgroup has tokens of its own and both take every tile: keys come from L2 half as often,
+// which bounds the products otherwise: two tiles are 17 KB, and with 8 tokens 512 cycles of them.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -27,31 +30,46 @@ constexpr int kRowStep = 8;  // keys from one row of a thread's products to the 
 constexpr int kWarpgroups = 2;
 constexpr int kScorerRegisters = 232, kLoaderRegisters = 40;  // of 168 at the start
 constexpr int kScoreThreads = 128 * kWarpgroups;
-constexpr int kIndexerThreads = kScoreThreads + 128;  // one more warpgroup, of which two warps load
-constexpr int kRoundKeys = kTileKeys * kWarpgroups;
+constexpr int kIndexerThreads = kScoreThreads + 128;  // and a warpgroup, a warp of it for a ring
+
+// Scales of a tile as loaded: a load begins on 16 bytes, up to three floats early.
+constexpr int kLoadedScales = kTileKeys + 4, kScaleStride = 160;
+constexpr int kTilesAtOnce = 4;  // in one stream of products
 
 constexpr int kSyncScorers = 1;  // number of the scorers' named barrier; 0 is the whole block's
 
-// kFew: for sequences with few queries, whose other columns do nothing. There is little to do for
-// each key, so more of them are on their way. It changes no bit: a lane owns the same heads.
-template <int kHeads_, int kDim_, bool kPaged_, bool kFew>
+enum class Division {
+    kKeys,       // both warpgroups have the same tokens and take turns at the tiles
+    kFewTokens,  // the same, for sequences with few queries: there is little to do for each key, so
+                 // more of them are on their way
+    kTokens,     // each warpgroup has its own tokens and takes every tile
+};
+
+// What a block scores at a time. No division changes a bit: a lane owns the same heads in all.
+template <int kHeads_, int kDim_, bool kPaged_, Division kDivision>
 struct IndexerShape {
     static constexpr int kHeads = kHeads_;
     static constexpr int kDim = kDim_;
     static constexpr bool kPaged = kPaged_;
-    static constexpr int kTokens = kHeads > 16 ? 128 / kHeads : kFew ? 4 : 8;
-    static constexpr int kColumns = kTokens * kHeads;
-    static constexpr int kLaneTokens = kTokens >= 4 ? kTokens / 4 : 1;
-    static constexpr int kLanesPerToken = kTokens >= 4 ? 1 : 4 / kTokens;
+    static constexpr bool kFew = kDivision == Division::kFewTokens;
+    static constexpr int kTokenGroups = kDivision == Division::kTokens ? kWarpgroups : 1;
+    static constexpr int kRings = kWarpgroups / kTokenGroups;  // warpgroups that take turns
+
+    static constexpr int kGroupTokens = kHeads > 16 ? 128 / kHeads : kFew ? 4 : 8;
+    static constexpr int kTokens = kGroupTokens * kTokenGroups;  // of the block
+    static constexpr int kColumns = kGroupTokens * kHeads;
+    static constexpr int kLaneTokens = kGroupTokens >= 4 ? kGroupTokens / 4 : 1;
+    static constexpr int kLanesPerToken = kGroupTokens >= 4 ? 1 : 4 / kGroupTokens;
     static constexpr int kLaneHeads = kHeads / kLanesPerToken;
-    static constexpr int kStages = kFew ? 512 / kDim : 3;
+    static constexpr int kStages = kFew ? 512 / kDim : 6 / kRings;
+    static constexpr int kRoundKeys = kTileKeys * kRings;
 
     static constexpr int kHalfBytes = kKeys * kDim;  // of a tile
 
-    // Of lane `quad` of a quad: its tokens are token(quad, 0) ..., its heads begin at
-    // first_head(quad).
+    // Of lane `quad` of a quad: its tokens are token(quad, 0) ... of its warpgroup, its heads begin
+    // at first_head(quad).
     static __device__ int token(int quad, int own) {
-        return kTokens >= 4 ? quad * kLaneTokens + own : quad / kLanesPerToken;
+        return kGroupTokens >= 4 ? quad * kLaneTokens + own : quad / kLanesPerToken;
     }
     static __device__ int first_head(int quad) { return quad % kLanesPerToken * kLaneHeads; }
 };
@@ -59,16 +77,22 @@ struct IndexerShape {
 // The part of shared memory that scoring needs; aligned to 1024 bytes for the swizzle.
 template <class Shape>
 struct alignas(1024) ScoreStorage {
-    uint8_t keys[kWarpgroups][Shape::kStages][2 * Shape::kHalfBytes];
-    uint8_t queries[Shape::kColumns * Shape::kDim];
-    // Paged: of each key of a tile, and whether their pages exist.
-    alignas(16) float scales[kWarpgroups][Shape::kStages][kTileKeys];
-    bool exists[kWarpgroups][Shape::kStages][2];
-    uint64_t full[kWarpgroups][Shape::kStages];
-    uint64_t empty[kWarpgroups][Shape::kStages];
-    int sequence[Shape::kTokens];   // of each token of the block,
-    int visible[Shape::kTokens];    // the keys it sees,
-    int first_key[Shape::kTokens];  // and where those of its sequence begin
+    uint8_t keys[Shape::kRings][Shape::kStages][2 * Shape::kHalfBytes];
+    uint8_t queries[Shape::kTokenGroups][Shape::kColumns * Shape::kDim];
+    alignas(128) float scales[Shape::kRings][Shape::kStages][kScaleStride];
+    bool exists[Shape::kRings][Shape::kStages][2];  // paged: whether the pages of a tile do
+    uint64_t full[Shape::kRings][Shape::kStages];
+    uint64_t empty[Shape::kRings][Shape::kStages];
+};
+
+// Where the keys come from.
+struct KeyMaps {
+    CUtensorMap keys;    // packed: [L, D]; paged: [pages, 64, D], e4m3
+    CUtensorMap scales;  // packed: [L] from scale_offset on
+    int scale_offset;
+
+    // Where the scales of a sequence's first key lie.
+    __device__ int first_scale(int first_key) const { return scale_offset + first_key; }
 };
 
 // The dynamic shared memory of the block from the first 1024-byte boundary on. (An offset, not a
@@ -79,15 +103,12 @@ __device__ Storage& aligned_storage() {
     return *reinterpret_cast<Storage*>(dynamic + (-shared_address(dynamic) & 1023));
 }
 
-// The last sequence that begins at or before a token, by a warp: 32 places at a time.
+// The last sequence that begins at or before a token.
 __device__ __forceinline__ int sequence_of(const IndexerScoreParams& p, int token) {
-    const int lane = threadIdx.x % 32;
     int low = 0;
     for (int high = p.num_sequences; high - low > 1;) {
-        const int step = (high - low + 31) / 32, probe = low + (lane + 1) * step;
-        const bool begins = probe < high && p.cu_seqlens_q[probe] <= token;
-        low += __popc(__ballot_sync(~0u, begins)) * step;
-        high = min(high, low + step);
+        const int middle = (low + high) / 2;
+        (p.cu_seqlens_q[middle] <= token ? low : high) = middle;
     }
     return low;
 }
@@ -99,10 +120,12 @@ struct Sequence {
     int first_key;
     int keys;
 
+    __device__ bool holds(int token) const { return begin <= token && token < end; }
+
     // How many keys a token sees: all up to its own, the last token's key being the last; 0 if it
     // lies outside.
     __device__ int visible(int token, int width) const {
-        if (token < begin || end <= token) return 0;
+        if (!holds(token)) return 0;
         const int64_t seen = keys - (static_cast<int64_t>(end) - token) + 1;
         return static_cast<int>(max(min(min(seen, int64_t{keys}), int64_t{width}), int64_t{0}));
     }
@@ -121,22 +144,26 @@ __device__ __forceinline__ Sequence sequence_at(const IndexerScoreParams& p, int
     return sequence;
 }
 
-// Sequence, first key and number of visible keys of each token of the block, by one warp each. The
-// last tokens' sequence is tried first.
-template <class Shape>
-__device__ void find_keys(const IndexerScoreParams& p, ScoreStorage<Shape>& s, int first_token) {
-    const int own = threadIdx.x / 32, token = first_token + own;
-    if (own >= Shape::kTokens) return;
-    int number = s.sequence[own];
-    Sequence sequence = sequence_at<Shape::kPaged>(p, number);
-    if (token < p.tokens && (token < sequence.begin || sequence.end <= token)) {
-        number = sequence_of(p, token);
-        sequence = sequence_at<Shape::kPaged>(p, number);
+// A token of the block: lane t of every warp knows number t.
+struct LaneToken {
+    int sequence = 0;
+    int first_key = 0;  // of the sequence
+    int visible = 0;    // keys
+
+    // Token first_token + t; the last one's sequence is tried first.
+    template <class Shape>
+    __device__ void find(const IndexerScoreParams& p, int first_token) {
+        const int lane = threadIdx.x % 32, token = first_token + lane;
+        const bool there = lane < Shape::kTokens && token < p.tokens;
+        Sequence found = sequence_at<Shape::kPaged>(p, sequence);
+        if (there && !found.holds(token)) {
+            sequence = sequence_of(p, token);
+            found = sequence_at<Shape::kPaged>(p, sequence);
+        }
+        first_key = found.first_key;
+        visible = there ? found.visible(token, p.width) : 0;
     }
-    s.sequence[own] = number;
-    s.visible[own] = token < p.tokens ? sequence.visible(token, p.width) : 0;
-    s.first_key[own] = sequence.first_key;
-}
+};
 
 // The tokens of the block that share a sequence with the first pending one.
 struct TokenRun {
@@ -145,102 +172,96 @@ struct TokenRun {
     int first_key;
     int keys;  // the most that one of them sees
 
+    __device__ TokenRun(const LaneToken& own, uint32_t pending) {
+        const int first = __ffs(pending) - 1;
+        sequence = __shfl_sync(~0u, own.sequence, first);
+        first_key = __shfl_sync(~0u, own.first_key, first);
+        const bool belongs = pending >> threadIdx.x % 32 & 1 && own.sequence == sequence;
+        tokens = __ballot_sync(~0u, belongs);
+        keys = __reduce_max_sync(~0u, belongs ? own.visible : 0);
+    }
     __device__ int tiles() const { return (keys + kTileKeys - 1) / kTileKeys; }
 };
-
-template <class Shape>
-__device__ TokenRun next_run(const ScoreStorage<Shape>& s, uint32_t pending) {
-    const int first = __ffs(pending) - 1;
-    TokenRun run{0, s.sequence[first], s.first_key[first], 0};
-#pragma unroll
-    for (int t = 0; t < Shape::kTokens; ++t) {
-        if (pending >> t & 1 && s.sequence[t] == run.sequence) {
-            run.tokens |= 1u << t;
-            run.keys = max(run.keys, s.visible[t]);
-        }
-    }
-    return run;
-}
 
 // The queries of the block into shared memory, column by column; zeros for tokens past the end. By
 // all scorers, who meet before the first product reads them.
 template <class Shape>
 __device__ void load_queries(const IndexerScoreParams& p, ScoreStorage<Shape>& s, int first_token) {
-    constexpr int kPieces = Shape::kDim / 16, kAll = Shape::kColumns * kPieces;
-    constexpr int kEach = (kAll + kScoreThreads - 1) / kScoreThreads;
-    uint4 values[kEach] = {};
-    uint8_t* targets[kEach];
+    constexpr int kColumns = Shape::kColumns * Shape::kTokenGroups;
+    constexpr int kPieces = Shape::kDim / 16, kAll = kColumns * kPieces;
+    constexpr int kInFlight = 4;
+#pragma unroll 1
+    for (int begin = threadIdx.x; begin < kAll; begin += kInFlight * kScoreThreads) {
+        uint4 values[kInFlight] = {};
+        uint8_t* targets[kInFlight];
 #pragma unroll
-    for (int n = 0; n < kEach; ++n) {
-        const int i = threadIdx.x + n * kScoreThreads, column = i / kPieces, piece = i % kPieces;
-        const int quad = column / 2 % 4, own = column / 8 * 2 + column % 2;
-        const int token = first_token + Shape::token(quad, own / Shape::kLaneHeads);
-        const int head = Shape::first_head(quad) + own % Shape::kLaneHeads;
-        if (i < kAll && token < p.tokens)
-            values[n] = *reinterpret_cast<const uint4*>(p.q + token * p.q_stride +
-                                                        head * Shape::kDim + 16 * piece);
-        const int swizzled = piece ^ (Shape::kDim == 128 ? column % 8 : column / 2 % 4);
-        targets[n] = s.queries + column * Shape::kDim + 16 * swizzled;
+        for (int n = 0; n < kInFlight; ++n) {
+            const int i = begin + n * kScoreThreads, column = i / kPieces, piece = i % kPieces;
+            const int quad = column / 2 % 4, own = column % Shape::kColumns / 8 * 2 + column % 2;
+            const int token = first_token + column / Shape::kColumns * Shape::kGroupTokens +
+                              Shape::token(quad, own / Shape::kLaneHeads);
+            const int head = Shape::first_head(quad) + own % Shape::kLaneHeads;
+            if (i < kAll && token < p.tokens)
+                values[n] = *reinterpret_cast<const uint4*>(p.q + token * p.q_stride +
+                                                            head * Shape::kDim + 16 * piece);
+            const int swizzled = piece ^ (Shape::kDim == 128 ? column % 8 : column / 2 % 4);
+            targets[n] = s.queries[0] + column * Shape::kDim + 16 * swizzled;
+        }
+#pragma unroll
+        for (int n = 0; n < kInFlight; ++n)
+            if (begin + n * kScoreThreads < kAll) *reinterpret_cast<uint4*>(targets[n]) = values[n];
     }
-#pragma unroll
-    for (int n = 0; n < kEach; ++n)
-        if (threadIdx.x + n * kScoreThreads < kAll)
-            *reinterpret_cast<uint4*>(targets[n]) = values[n];
     fence_proxy_async();
 }
 
 template <class Shape>
 __device__ void init_storage(ScoreStorage<Shape>& s) {
-    if (threadIdx.x < Shape::kTokens) s.sequence[threadIdx.x] = 0;
+    constexpr int kReaders = 4 * Shape::kTokenGroups;  // warps, one lane of each
     if (threadIdx.x == 0) {
-        for (int g = 0; g < kWarpgroups; ++g)
+        for (int ring = 0; ring < Shape::kRings; ++ring)
             for (int stage = 0; stage < Shape::kStages; ++stage) {
-                mbarrier_init(&s.full[g][stage], 1);
-                mbarrier_init(&s.empty[g][stage], 4);  // one lane of each warp
+                mbarrier_init(&s.full[ring][stage], 1);
+                mbarrier_init(&s.empty[ring][stage], kReaders);
             }
         fence_mbarrier_init();
     }
     __syncthreads();
 }
 
-// Some of a run's keys: numbers [first, last) of tiles that lie `step` tiles apart, counted from
-// number `turn` on if first is 0. Warpgroup g takes numbers first + g, first + g + kWarpgroups, ...
+// Some of a run's keys: numbers [first, last) of tiles that lie `step` tiles apart. Ring r carries
+// numbers first + r, first + r + kRings, ...
 struct TileRange {
     int first;
     int last;
     int step = 1;
-    int turn = 0;
 
     // The first key of a tile.
-    __device__ int key(int tile) const {
-        const int turned = tile + turn;
-        return (turned < last ? turned : turned - last) * step * kTileKeys;
-    }
+    __device__ int key(int tile) const { return tile * step * kTileKeys; }
 };
 
-// The loader's side, a warp for each warpgroup: the tiles of a run into its ring. The lanes read
-// page numbers ahead.
+// The loader's side, a warp for each ring: the tiles of a run. The lanes read page numbers ahead.
 template <class Shape>
 struct KeyLoader {
-    static constexpr int kWindow = 16 * kWarpgroups;  // tiles, of which this warp loads 32 pages
-    const int group = (threadIdx.x - kScoreThreads) / 32;
+    static constexpr int kWindow = 16 * Shape::kRings;  // tiles, of which this warp loads 32 pages
+    const int ring = (threadIdx.x - kScoreThreads) / 32;
     const int lane = threadIdx.x % 32;
     RingPosition position;
 
-    __device__ void load(const IndexerScoreParams& p, const CUtensorMap& map,
-                         ScoreStorage<Shape>& s, const TokenRun& run, TileRange tiles) {
+    __device__ void load(const IndexerScoreParams& p, const KeyMaps& maps, ScoreStorage<Shape>& s,
+                         const TokenRun& run, TileRange tiles) {
         int next = own_page(p, run, tiles, tiles.first);
         for (int window = tiles.first; window < tiles.last; window += kWindow) {
             const int page = next;
             next = own_page(p, run, tiles, window + kWindow);
             const int end = min(window + kWindow, tiles.last);
-            for (int tile = window + group; tile < end; tile += kWarpgroups) {
+            for (int tile = window + ring; tile < end; tile += Shape::kRings) {
                 int pages[2] = {};
                 if constexpr (Shape::kPaged) {
-                    pages[0] = __shfl_sync(~0u, page, tile - window - group);
-                    pages[1] = __shfl_sync(~0u, page, tile - window - group + 1);
+                    const int own = 2 * (tile - window - ring) / Shape::kRings;
+                    pages[0] = __shfl_sync(~0u, page, own);
+                    pages[1] = __shfl_sync(~0u, page, own + 1);
                 }
-                if (lane == 0) load_tile(p, map, s, run, tiles.key(tile), pages);
+                if (lane == 0) load_tile(p, maps, s, run, tiles.key(tile), pages);
                 position.advance(Shape::kStages);
             }
         }
@@ -249,37 +270,40 @@ struct KeyLoader {
     // Lane l's of the window's pages: half l % 2 of this warp's tile l / 2.
     __device__ int own_page(const IndexerScoreParams& p, const TokenRun& run, TileRange tiles,
                             int window) {
-        const int tile = window + lane / 2 * kWarpgroups + group;
+        const int tile = window + lane / 2 * Shape::kRings + ring;
         const int key = tiles.key(tile) + lane % 2 * kKeys;
         if (!Shape::kPaged || tile >= tiles.last || key >= run.keys) return -1;
         return p.page_table[run.sequence * p.table_stride + key / kKeys];
     }
 
-    __device__ void load_tile(const IndexerScoreParams& p, const CUtensorMap& map,
+    __device__ void load_tile(const IndexerScoreParams& p, const KeyMaps& maps,
                               ScoreStorage<Shape>& s, const TokenRun& run, int key,
                               const int (&pages)[2]) {
-        uint64_t* full = &s.full[group][position.stage];
-        uint8_t* keys = s.keys[group][position.stage];
-        mbarrier_wait(&s.empty[group][position.stage], position.parity ^ 1);
+        uint64_t* full = &s.full[ring][position.stage];
+        uint8_t* keys = s.keys[ring][position.stage];
+        float* scales = s.scales[ring][position.stage];
+        constexpr int kScaleBytes = kKeys * 4;
+        mbarrier_wait(&s.empty[ring][position.stage], position.parity ^ 1);
         if constexpr (!Shape::kPaged) {
-            mbarrier_arrive_expect(full, 2 * Shape::kHalfBytes);
-            tma_load(map, full, keys, 0, run.first_key + key);
+            mbarrier_arrive_expect(full, 2 * Shape::kHalfBytes + 4 * kLoadedScales);
+            tma_load(maps.keys, full, keys, 0, run.first_key + key);
+            tma_load(maps.scales, full, scales, (maps.first_scale(run.first_key) & ~3) + key);
             return;
         }
-        constexpr int kPageFloats = kKeys * (Shape::kDim + 4) / 4, kScaleBytes = kKeys * 4;
+        constexpr int kPageFloats = kKeys * (Shape::kDim + 4) / 4;
         const int halves = key + kKeys < run.keys ? 2 : 1;
         const bool exists[2] = {0 <= pages[0] && pages[0] < p.num_pages,
                                 0 <= pages[1] && pages[1] < p.num_pages};
-        s.exists[group][position.stage][0] = exists[0];
-        s.exists[group][position.stage][1] = exists[1];
-        const int scales = exists[0] + (halves == 2 && exists[1]);
-        mbarrier_arrive_expect(full, halves * Shape::kHalfBytes + scales * kScaleBytes);
+        s.exists[ring][position.stage][0] = exists[0];
+        s.exists[ring][position.stage][1] = exists[1];
+        const int there = exists[0] + (halves == 2 && exists[1]);
+        mbarrier_arrive_expect(full, halves * Shape::kHalfBytes + there * kScaleBytes);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // a page outside the cache is all zeros
             if (half == halves) break;
-            tma_load(map, full, keys + half * Shape::kHalfBytes, 0, 0, pages[half]);
+            tma_load(maps.keys, full, keys + half * Shape::kHalfBytes, 0, 0, pages[half]);
             if (exists[half])
-                bulk_load(s.scales[group][position.stage] + half * kKeys,
+                bulk_load(scales + half * kKeys,
                           p.key_scale + (pages[half] + int64_t{1}) * kPageFloats - kKeys,
                           kScaleBytes, full);
         }
@@ -294,10 +318,8 @@ struct Scorer {
     using Products = float[Shape::kColumns / 2];
 
     // Of one product: the scores of keys `key` and `key` + kRowStep for own token a in score[a].
-    // Its last key lies before `end`.
     struct Scores {
         int key;
-        int end;
         float score[kOwn][2];
     };
     // The scales of those keys, and whether their page exists.
@@ -306,99 +328,120 @@ struct Scorer {
         bool exists;
     };
 
+    // Known to be the same for all lanes: what follows from it is computed once for them.
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const int group = warp / 4;
+    const int ring = Shape::kRings == 1 ? 0 : group;
+    const int lane = threadIdx.x % 32;
+    const int quad = threadIdx.x % 4;
+    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     RingPosition position;
-    int group, lane, quad, row;
+    int own_scale = row;  // place of the first own key's among those of a tile
     float weights[kOwn * Shape::kLaneHeads];
 
-    __device__ Scorer()
-        : group(threadIdx.x / 128),
-          lane(threadIdx.x % 32),
-          quad(threadIdx.x % 4),
-          row(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) {}
+    // What follows is about the keys of this run.
+    __device__ void begin(const KeyMaps& maps, const TokenRun& run) {
+        if constexpr (!Shape::kPaged) own_scale = row + maps.first_scale(run.first_key) % 4;
+    }
+
+    // In the block: this warpgroup's first token, and own token a.
+    __device__ int token_base() const {
+        return Shape::kTokenGroups == 1 ? 0 : group * Shape::kGroupTokens;
+    }
+    __device__ int token(int a) const { return token_base() + Shape::token(quad, a); }
 
     __device__ void load_weights(const IndexerScoreParams& p, int first_token) {
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
-            const int token = first_token + Shape::token(quad, a);
+            const int t = first_token + token(a);
 #pragma unroll
             for (int h = 0; h < Shape::kLaneHeads; ++h)
                 weights[a * Shape::kLaneHeads + h] =
-                    token < p.tokens
-                        ? p.weights[token * p.weight_stride + Shape::first_head(quad) + h]
-                        : 0.0f;
+                    t < p.tokens ? p.weights[t * p.weight_stride + Shape::first_head(quad) + h]
+                                 : 0.0f;
         }
     }
 
-    // Calls consume(scores) for each product of each tile of this warpgroup.
-    template <class Consume>
-    __device__ void score(const IndexerScoreParams& p, ScoreStorage<Shape>& s, const TokenRun& run,
-                          TileRange tiles, const Consume& consume) {
+    // Calls consume(scores) for each product of each tile of this warpgroup's ring, kAtOnce tiles
+    // at a time where there are so many.
+    template <int kAtOnce, class Consume>
+    __device__ void score(ScoreStorage<Shape>& s, TileRange tiles, const Consume& consume) {
+        const int last = __shfl_sync(~0u, tiles.last, 0);
+        int tile = __shfl_sync(~0u, tiles.first, 0) + ring;
+        for (; tile + (kAtOnce - 1) * Shape::kRings < last; tile += kAtOnce * Shape::kRings)
+            score_tiles<kAtOnce>(s, tiles, tile, consume);
+        if constexpr (kAtOnce > 1)
+            for (; tile < last; tile += Shape::kRings) score_tiles<1>(s, tiles, tile, consume);
+    }
+
+    // The same for kTiles tiles. The first product of each but the first is on its way while the
+    // sums of the tile before are made.
+    template <int kTiles, class Consume>
+    __device__ __forceinline__ void score_tiles(ScoreStorage<Shape>& s, TileRange tiles, int tile,
+                                                const Consume& consume) {
         Products first, second;
-        int key = tiles.key(tiles.first + group) + row;
-        Scales ahead[2] = {packed_scales(p, run, key), packed_scales(p, run, key + kKeys)};
         const auto start = [&](Products& products, int product) {
-            const uint32_t keys =
-                shared_address(s.keys[group][position.stage]) + product * Shape::kHalfBytes;
-            const uint32_t queries = shared_address(s.queries);
+            const uint64_t keys = matrix_descriptor(
+                shared_address(s.keys[ring][position.stage]) + product * Shape::kHalfBytes,
+                Shape::kDim);
+            const uint64_t queries = matrix_descriptor(
+                shared_address(s.queries[Shape::kTokenGroups == 1 ? 0 : group]), Shape::kDim);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < Shape::kDim; k += 32)
-                wgmma_e4m3(products, matrix_descriptor(keys + k, Shape::kDim),
-                           matrix_descriptor(queries + k, Shape::kDim), k > 0);
+                wgmma_e4m3(products, keys + k / 16, queries + k / 16, k > 0);
             wgmma_commit();
         };
-        for (int tile = tiles.first + group; tile < tiles.last; tile += kWarpgroups) {
-            mbarrier_wait(&s.full[group][position.stage], position.parity);
-            start(first, 0);
-            start(second, 1);
-            const int next = tiles.key(tile + kWarpgroups) + row;
-            Scales now[2] = {ahead[0], ahead[1]};
-            if constexpr (Shape::kPaged) {
-                now[0] = paged_scales(s, 0);
-                now[1] = paged_scales(s, 1);
-            } else {
-                ahead[0] = packed_scales(p, run, next);
-                ahead[1] = packed_scales(p, run, next + kKeys);
-            }
+        const auto wait_for_tile = [&] {
+            mbarrier_wait(&s.full[ring][position.stage], position.parity);
+        };
+        wait_for_tile();
+        start(first, 0);
+        start(second, 1);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+            const int key = tiles.key(tile + t * Shape::kRings) + row;
+            const int stage = position.stage;
+            const Scales first_scales = scales_of(s, stage, 0);
             wgmma_wait<1>();
             wgmma_pin(first);
-            consume(sum(first, now[0], key, 0));
-            wgmma_wait<0>();
+            consume(sum(first, first_scales, key, 0));
+            position.advance(Shape::kStages);
+            if (t + 1 < kTiles) {
+                wait_for_tile();
+                start(first, 0);
+                wgmma_wait<1>();
+            } else {
+                wgmma_wait<0>();
+            }
             wgmma_pin(second);
-            release(s);
-            consume(sum(second, now[1], key, 1));
-            key = next;
-        }
-    }
-
-    // Gives the tile back to the loader: the products are done, the scales are read.
-    __device__ void release(ScoreStorage<Shape>& s) {
-        if constexpr (Shape::kPaged) {
-            fence_proxy_async();
+            const Scales second_scales = scales_of(s, stage, 1);
+            fence_proxy_async();  // they are read
             __syncwarp();
+            if (lane == 0) mbarrier_arrive(&s.empty[ring][stage]);
+            consume(sum(second, second_scales, key, 1));
+            if (t + 1 < kTiles) start(second, 1);
         }
-        if (lane == 0) mbarrier_arrive(&s.empty[group][position.stage]);
-        position.advance(Shape::kStages);
     }
 
-    __device__ Scales packed_scales(const IndexerScoreParams& p, const TokenRun& run, int key) {
-        const float* scale = p.key_scale + run.first_key + key;
-        return {{!Shape::kPaged && key < run.keys ? scale[0] : 0.0f,
-                 !Shape::kPaged && key + kRowStep < run.keys ? scale[kRowStep] : 0.0f},
-                true};
+    // Gives tiles back that this warpgroup has no tokens for.
+    __device__ void skip(ScoreStorage<Shape>& s, TileRange tiles) {
+        for (int tile = tiles.first + ring; tile < tiles.last; tile += Shape::kRings) {
+            mbarrier_wait(&s.full[ring][position.stage], position.parity);
+            if (lane == 0) mbarrier_arrive(&s.empty[ring][position.stage]);
+            position.advance(Shape::kStages);
+        }
     }
 
-    __device__ Scales paged_scales(const ScoreStorage<Shape>& s, int product) {
-        const int key = row + product * kKeys;
-        const float* scale = s.scales[group][position.stage] + key;
-        return {{scale[0], scale[kRowStep]}, s.exists[group][position.stage][product]};
+    __device__ Scales scales_of(const ScoreStorage<Shape>& s, int stage, int product) {
+        const float* scale = s.scales[ring][stage] + own_scale + product * kKeys;
+        return {{scale[0], scale[kRowStep]}, s.exists[ring][stage][product]};
     }
 
     // The weighted sums over heads of one of the products of a tile, whose first own key is `key`.
     __device__ Scores sum(const Products& products, const Scales& scales, int key, int product) {
         Scores result;
         result.key = key + product * kKeys;
-        result.end = key - row + (product + 1) * kKeys;
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
             float sum[2] = {0.0f, 0.0f};
@@ -407,16 +450,15 @@ struct Scorer {
                 const int i = a * Shape::kLaneHeads + h;
                 const float* x = &products[i / 2 * 4 + i % 2];
                 sum[0] = fmaf(max_nan(x[0], 0.0f), weights[i], sum[0]);
-                sum[1] = fmaf(x[2] + fabsf(x[2]), weights[i], sum[1]);
+                sum[1] = fmaf(max_nan(x[2], 0.0f), weights[i], sum[1]);
             }
-            result.score[a][0] = scales.scale[0];
-            result.score[a][1] = 0.5f * scales.scale[1];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 if constexpr (Shape::kLanesPerToken == 2) sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-                result.score[a][r] *= sum[r];
+                result.score[a][r] = scales.scale[r] * sum[r];
                 if (Shape::kPaged && !scales.exists) result.score[a][r] = -INFINITY;
             }
+            wgmma_pin(result.score[a]);  // all sums side by side, not each where it is used
         }
         return result;
     }

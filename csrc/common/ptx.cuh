@@ -143,8 +143,17 @@ __device__ __forceinline__ void bulk_load(void* target, const void* source, uint
         : "memory");
 }
 
-// 9.7.9.27 cp.async.bulk.tensor: the box of a 2-D or 3-D tensor map at (x, y, z), into shared
+// 9.7.9.27 cp.async.bulk.tensor: the box of a tensor map at x, (x, y) or (x, y, z), into shared
 // memory.
+__device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barrier, void* target,
+                                         int x) {
+    asm volatile(
+        "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3}], [%2];" ::"r"(shared_address(target)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(x)
+        : "memory");
+}
+
 __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barrier, void* target,
                                          int x, int y) {
     asm volatile(
@@ -161,6 +170,11 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barri
         "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(target)),
         "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
         : "memory");
+}
+
+// 9.7.9.15 prefetch: the line of an address into L2.
+__device__ __forceinline__ void prefetch_line(const void* pointer) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
 // 9.7.13.14 red: adds to a word at an address in shared memory where `active`, without a branch.
@@ -188,7 +202,14 @@ __device__ __forceinline__ void shared_store(uint32_t address, float first, int 
         : "memory");
 }
 
-// 9.7.9.11 st: two words to an address in global memory where `active`, without a branch.
+// 9.7.9.11 st: a word, or two, to an address in global memory where `active`, without a branch.
+__device__ __forceinline__ void global_store(float* pointer, float value, bool active) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.b32 [%0], %1; }" ::"l"(pointer),
+        "f"(value), "r"(int{active})
+        : "memory");
+}
+
 __device__ __forceinline__ void global_store(void* pointer, float first, int second, bool active) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2}; }" ::"l"(
@@ -225,6 +246,12 @@ template <int N>
 __device__ __forceinline__ void wgmma_pin(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// No instruction: the address stays in registers instead of being computed again for each use.
+template <typename T>
+__device__ __forceinline__ void keep_address(T*& pointer) {
+    asm volatile("" : "+l"(pointer));
 }
 
 // 9.7.3.11 max: NaN if one of the two is.

@@ -22,7 +22,6 @@ namespace dsa {
 constexpr int kMostTokenBlocks = 1024;  // of a launch
 constexpr int kIndexerWarps = kIndexerThreads / 32;
 constexpr int kStartRounds = 3;  // what the start of a run costs
-constexpr int kSyncWorkers = 2;  // number of the named barrier of scorers and loaders
 
 template <class Shape>
 struct alignas(1024) LogitsStorage {
@@ -33,7 +32,10 @@ struct alignas(1024) LogitsStorage {
 };
 
 // The rounds of a run.
-__device__ __forceinline__ int rounds_of(int keys) { return (keys + kRoundKeys - 1) / kRoundKeys; }
+template <class Shape>
+__device__ __forceinline__ int rounds_of(int keys) {
+    return (keys + Shape::kRoundKeys - 1) / Shape::kRoundKeys;
+}
 
 // Counts the rounds of all blocks of tokens and takes a share, by all threads. A lane reads a
 // sequence; if it is long, the lanes of the warp share its blocks of tokens.
@@ -45,7 +47,7 @@ __device__ void count_rounds(const IndexerLogitsParams& p, LogitsStorage<Shape>&
         const int next = p.first_token + (block + 1) * Shape::kTokens;
         const int last = min(min(next, p.tokens), sequence.end) - 1;
         const int keys = sequence.visible(last, p.width);  // the most
-        shared_add(shared_address(s.rounds_up_to + block), kStartRounds + rounds_of(keys),
+        shared_add(shared_address(s.rounds_up_to + block), kStartRounds + rounds_of<Shape>(keys),
                    keys > p.unscored);
     };
     for (int i = threadIdx.x; i < p.token_blocks; i += kIndexerThreads) s.rounds_up_to[i] = 0;
@@ -112,10 +114,10 @@ __device__ int first_token_block(const LogitsStorage<Shape>& s, int token_blocks
 // The tiles of a run that belong to the share, if its rounds begin at number `first`.
 template <class Shape>
 __device__ TileRange tiles_of_share(const LogitsStorage<Shape>& s, const TokenRun& run, int first) {
-    const int rounds = rounds_of(run.keys);
+    const int rounds = rounds_of<Shape>(run.keys);
     const int from = min(max(s.begin - first, 0), rounds);
     const int to = min(max(s.end - first, 0), rounds);
-    return {from * kWarpgroups, min(to * kWarpgroups, run.tiles())};
+    return {from * Shape::kRings, min(to * Shape::kRings, run.tiles())};
 }
 
 // -inf into `count` places, by a warp; in between in vectors of four.
@@ -148,36 +150,46 @@ __device__ void tell_visible(const IndexerLogitsParams& p, int warp, int warps) 
     }
 }
 
+// Asks for what a call with few tokens reads one after the other, a line a thread of the grid: none
+// of it is in L2 when a layer of a decoder begins, and each would be a miss of its own.
+__device__ __forceinline__ void prefetch_inputs(const IndexerLogitsParams& p) {
+    constexpr int kLine = 128;
+    const int64_t offset = int64_t{kLine} * (blockIdx.x * kIndexerThreads + threadIdx.x);
+    const auto prefetch = [&](const auto* data, int64_t count) {
+        const auto* bytes = reinterpret_cast<const uint8_t*>(data);
+        if (offset < count * sizeof(*data)) prefetch_line(bytes + offset);
+    };
+    prefetch(p.q, p.tokens * p.q_stride);
+    prefetch(p.weights, p.tokens * p.weight_stride);
+    if (p.page_table != nullptr) prefetch(p.page_table, p.num_sequences * p.table_stride);
+}
+
 template <class Shape>
 __global__ void __launch_bounds__(kIndexerThreads, 1)
-    indexer_logits_kernel(const __grid_constant__ CUtensorMap map, const IndexerLogitsParams p) {
+    indexer_logits_kernel(const __grid_constant__ KeyMaps maps, const IndexerLogitsParams p) {
     auto& s = aligned_storage<LogitsStorage<Shape>>();
+    if constexpr (Shape::kFew) prefetch_inputs(p);
     init_storage(s.score);
     wait_for_kernels_before();
     count_rounds(p, s);
 
-    // Calls work(run, tiles, first_token) for all runs of the share, by scorers and loaders;
-    // start(first_token) before the first one of each block of tokens.
-    const auto meet = [] { named_barrier_sync(kSyncWorkers, kScoreThreads + 32 * kWarpgroups); };
+    // Calls work(run, tiles, first_token) for all runs of the share, by whole warps, each at its
+    // own pace; start(first_token) before the first one of each block of tokens.
+    LaneToken own;
     const auto for_each_run = [&](const auto& start, const auto& work) {
         for (int block = first_token_block(s, p.token_blocks);
              block < p.token_blocks && rounds_before(s, block) < s.end; ++block) {
             const int first_token = p.first_token + block * Shape::kTokens;
-            meet();  // the last tokens are done with
-            find_keys(p, s.score, first_token);
-            meet();
-            uint32_t scored = 0;
-#pragma unroll
-            for (int t = 0; t < Shape::kTokens; ++t)
-                if (s.score.visible[t] > p.unscored) scored |= 1u << t;
+            own.find<Shape>(p, first_token);
+            uint32_t scored = __ballot_sync(~0u, own.visible > p.unscored);
             if (scored == 0) continue;
             start(first_token);
             for (int first = rounds_before(s, block); scored != 0;) {
-                const TokenRun run = next_run(s.score, scored);
+                const TokenRun run(own, scored);
                 scored &= ~run.tokens;
                 first += kStartRounds;
                 const TileRange tiles = tiles_of_share(s, run, first);
-                first += rounds_of(run.keys);
+                first += rounds_of<Shape>(run.keys);
                 if (tiles.first < tiles.last) work(run, tiles, first_token);
             }
         }
@@ -185,37 +197,45 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
     if (threadIdx.x >= kScoreThreads) {
         give_registers_back<kLoaderRegisters>();
         const int warp = threadIdx.x / 32 - kScoreThreads / 32;
-        if (warp >= kWarpgroups) return tell_visible<Shape>(p, warp - kWarpgroups, 4 - kWarpgroups);
+        if (warp >= Shape::kRings)
+            return tell_visible<Shape>(p, warp - Shape::kRings, 4 - Shape::kRings);
         KeyLoader<Shape> loader;
         for_each_run([](int) {}, [&](const TokenRun& run, TileRange tiles,
-                                     int) { loader.load(p, map, s.score, run, tiles); });
+                                     int) { loader.load(p, maps, s.score, run, tiles); });
     } else {
         take_registers<kScorerRegisters>();
         Scorer<Shape> scorer;
+        const auto meet = [] { named_barrier_sync(kSyncScorers, kScoreThreads); };
         const auto start = [&](int first_token) {
             scorer.load_weights(p, first_token);
+            meet();  // the last queries are done with
             load_queries(p, s.score, first_token);
-            named_barrier_sync(kSyncScorers, kScoreThreads);
+            meet();
         };
         for_each_run(start, [&](const TokenRun& run, TileRange tiles, int first_token) {
-            float* out = p.out + (first_token - p.first_token) * p.out_stride;
+            constexpr uint32_t kAll = (1u << Shape::kGroupTokens) - 1;
+            if ((run.tokens >> scorer.token_base() & kAll) == 0) return scorer.skip(s.score, tiles);
+            scorer.begin(maps, run);
             int seen[Shape::kLaneTokens];
             float* row[Shape::kLaneTokens];
 #pragma unroll
             for (int a = 0; a < Shape::kLaneTokens; ++a) {
-                const int token = Shape::token(scorer.quad, a);
+                const int token = scorer.token(a);
                 const bool mine =
                     run.tokens >> token & 1 && scorer.quad % Shape::kLanesPerToken == 0;
-                seen[a] = mine ? s.score.visible[token] : 0;
-                row[a] = out + token * p.out_stride;
+                const int visible = __shfl_sync(~0u, own.visible, token);
+                seen[a] = mine ? visible : 0;
+                row[a] = p.out + (first_token - p.first_token + token) * p.out_stride;
+                keep_address(row[a]);
             }
-            scorer.score(p, s.score, run, tiles, [&](const auto& scores) {
+            constexpr int kAtOnce = Shape::kFew ? 1 : kTilesAtOnce;
+            scorer.template score<kAtOnce>(s.score, tiles, [&](const auto& scores) {
 #pragma unroll
                 for (int a = 0; a < Shape::kLaneTokens; ++a)
 #pragma unroll
                     for (int r = 0; r < 2; ++r)
-                        if (scores.key + kRowStep * r < seen[a])
-                            row[a][scores.key + kRowStep * r] = scores.score[a][r];
+                        global_store(row[a] + scores.key + kRowStep * r, scores.score[a][r],
+                                     scores.key + kRowStep * r < seen[a]);
             });
         });
     }

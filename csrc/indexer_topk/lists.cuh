@@ -10,6 +10,7 @@ namespace dsa {
 
 constexpr int kScoreWarps = kScoreThreads / 32;
 constexpr int kSegments = kScoreThreads / 4;  // of a list: a quad scores a key for all tokens
+constexpr int kSpareEntries = 3;              // of a segment
 
 template <class Shape>
 struct alignas(1024) TopkStorage {
@@ -23,29 +24,38 @@ struct alignas(1024) TopkStorage {
         float sample[Shape::kTokens][kSampled / kSegments][kSegments];  // scores, as in segments
     };
     SelectScratch scratch[kScoreWarps];
+    int visible[Shape::kTokens];              // keys that a token sees
     int appended[Shape::kTokens][kSegments];  // those that found no room included
     int front[Shape::kTokens];                // candidates before the segments
     float bound[Shape::kTokens];
     float high[Shape::kTokens];  // the best of the sample
-    uint32_t again;              // tokens whose bound was not right
-    int block;
+    uint32_t again[2];           // of a run and the next: tokens whose bound was not right
+    int block;                   // of tokens
+    // The scorers have told the loaders the block; the loaders have heard; a run's `again` is
+    // known.
+    uint64_t told, heard, settled;
 };
 
+// Where the list of token t begins in the workspace.
+template <class Shape>
+__device__ uint32_t list_begin(const IndexerTopkParams& p, int t) {
+    return (blockIdx.x * Shape::kTokens + t) * p.capacity;
+}
+
+template <class Shape>
+__device__ Candidate* list_of(const IndexerTopkParams& p, int t) {
+    return p.candidates + list_begin<Shape>(p, t);
+}
+
 // The segments of a list lie side by side: entry e of number i at begin + e * kSegments + i. The
-// last entries take what finds no room.
+// last kSpareEntries take what finds no room.
 struct Segments {
     int begin;
     int room;
 
     __device__ Segments(const IndexerTopkParams& p, bool with_front)
-        : begin(with_front ? p.front : 0), room((p.capacity - begin) / kSegments - 1) {}
+        : begin(with_front ? p.front : 0), room((p.capacity - begin) / kSegments - kSpareEntries) {}
 };
-
-// The list of token t in the workspace.
-template <class Shape>
-__device__ Candidate* list_of(const IndexerTopkParams& p, int t) {
-    return p.candidates + (static_cast<int64_t>(blockIdx.x) * Shape::kTokens + t) * p.capacity;
-}
 
 // A list as a warp reads it: two neighbouring columns of 64 a lane, first of what lies before the
 // segments, then of these.
@@ -140,7 +150,7 @@ __device__ void guess_bound(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
     const int2 counts = *reinterpret_cast<const int2*>(&s.appended[t][2 * lane]);
     const int rows = __reduce_max_sync(~0u, max(counts.x, counts.y));
     const int sampled = __reduce_add_sync(~0u, counts.x + counts.y);
-    const int rank = sample_rank(sampled, p.topk, s.score.visible[t]);
+    const int rank = sample_rank(sampled, p.topk, s.visible[t]);
     if (rank == 0) return;
     SelectScratch& scratch = s.scratch[threadIdx.x / 32];
     const auto for_each_two = [&](const auto& f) {
@@ -224,7 +234,7 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
         }
         set(own.position, group.lane() < cut.count && better < cut.wanted);
     };
-    write_marked<TopkStorage<Shape>::kBitmapWords>(group, scratch, mark, s.score.visible[t],
+    write_marked<TopkStorage<Shape>::kBitmapWords>(group, scratch, mark, s.visible[t],
                                                    s.bitmap[warp], row);
     return Guessed::kWritten;
 }
@@ -234,7 +244,7 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
 // bound; one that is complete is written out, if the guess was right.
 template <class Shape>
 __device__ void settle_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
-                            int first_token, bool certain, bool last) {
+                            int first_token, bool certain, bool last, uint32_t* again) {
     const ColumnList list(p, s, t, Segments(p, certain));
     const ThreadGroup<32> group = this_warp();
     const int warp = threadIdx.x / 32;
@@ -257,9 +267,9 @@ __device__ void settle_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
         }
     } else if (enough) {
         write_ascending<TopkStorage<Shape>::kBitmapWords>(group, scratch, list, threshold,
-                                                          s.score.visible[t], s.bitmap[warp], row);
+                                                          s.visible[t], s.bitmap[warp], row);
     } else if (group.thread == 0) {
-        atomicOr(&s.again, 1u << t);
+        atomicOr(again, 1u << t);
     }
 }
 

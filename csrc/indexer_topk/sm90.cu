@@ -16,7 +16,7 @@ constexpr int64_t kWorkspaceBytes = 60 << 20;
 constexpr int kLargestCapacity = 8192;  // of a list
 
 template <class Shape>
-void launch(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& like, cudaStream_t stream) {
+void launch(IndexerTopkParams& p, const KeyMaps& maps, const Tensor& like, cudaStream_t stream) {
     constexpr int kStorageBytes = sizeof(TopkStorage<Shape>) + 1024;
     static_assert(kStorageBytes <= kMostSharedBytes);
     p.token_blocks = (p.tokens + Shape::kTokens - 1) / Shape::kTokens;
@@ -24,8 +24,9 @@ void launch(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& like, cu
     const int64_t in_workspace = kWorkspaceBytes / (8 * Shape::kTokens * blocks);
     p.capacity = static_cast<int32_t>(std::min<int64_t>(in_workspace, kLargestCapacity) / 4 * 4);
     p.front = (p.topk + 3) / 4 * 4;
-    STD_TORCH_CHECK(p.capacity - p.front >= kSegments * (kFewestRounds * kThreadKeys + 1),
-                    "topk: no room for the candidates of ", p.topk);
+    STD_TORCH_CHECK(
+        p.capacity - p.front >= kSegments * (kFewestRounds * kThreadKeys + kSpareEntries),
+        "topk: no room for the candidates of ", p.topk);
 
     const int64_t entries = int64_t{blocks} * Shape::kTokens * p.capacity;
     Tensor workspace = torch::stable::new_empty(like, {2 * entries + 1}, ScalarType::Int);
@@ -34,7 +35,7 @@ void launch(IndexerTopkParams& p, const CUtensorMap& map, const Tensor& like, cu
     const cudaError_t error = cudaMemsetAsync(p.next_block, 0, sizeof(int32_t), stream);
     STD_TORCH_CHECK(error == cudaSuccess, "cudaMemsetAsync: ", cudaGetErrorString(error));
     allow_shared_memory(indexer_topk_kernel<Shape>, kStorageBytes);
-    indexer_topk_kernel<Shape><<<blocks, kIndexerThreads, kStorageBytes, stream>>>(map, p);
+    indexer_topk_kernel<Shape><<<blocks, kIndexerThreads, kStorageBytes, stream>>>(maps, p);
     check_launch("indexer_topk_kernel");
 }
 
@@ -48,12 +49,12 @@ int64_t tokens_with_room(const IndexerTopkParams& p) {
 bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
     const int64_t block = heads <= 16 ? 8 : 128 / heads, wave = num_multiprocessors() * block;
     const double waves = static_cast<double>((p.tokens + wave - 1) / wave);
-    const double two_steps = (0.2e-5 + 3.2e-5 / block) * p.tokens * p.width;
-    return tokens_with_room(p) > 0 && two_steps < waves * (65 + 3.5e-3 * p.width);
+    const double two_steps = (0.25e-5 + 2.0e-5 / block) * p.tokens * p.width;
+    return tokens_with_room(p) > 0 && two_steps < waves * (48 + 3.1e-3 * p.width);
 }
 
-void score_then_select(const IndexerTopkParams& p, const CUtensorMap& map, bool paged,
-                       const Tensor& q, cudaStream_t stream) {
+void score_then_select(const IndexerTopkParams& p, const KeyMaps& maps, bool paged, const Tensor& q,
+                       cudaStream_t stream) {
     const int64_t room = tokens_with_room(p);
     STD_TORCH_CHECK(room > 0, "max_seqlen_k: no room for the scores of ", p.width, " keys");
     const int64_t at_once = std::min<int64_t>(room, p.tokens);
@@ -78,12 +79,12 @@ void score_then_select(const IndexerTopkParams& p, const CUtensorMap& map, bool 
         choose.indices = p.indices + first * p.topk;
         score.first_token = static_cast<int32_t>(first);
         score.tokens = score.first_token + choose.rows;
-        score_tokens(score, map, paged, q.sizes()[1], q.sizes()[2], stream);
+        score_tokens(score, maps, paged, q.sizes()[1], q.sizes()[2], stream);
         select_rows(choose, ScoreType::kFloat, stream);
     }
 }
 
-Tensor select(IndexerTopkParams& p, const CUtensorMap& map, bool paged, const Tensor& q,
+Tensor select(IndexerTopkParams& p, const KeyMaps& maps, bool paged, const Tensor& q,
               int64_t topk) {
     Tensor indices = torch::stable::new_empty(q, {q.sizes()[0], topk}, ScalarType::Int);
     if (p.tokens == 0) return indices;
@@ -91,11 +92,11 @@ Tensor select(IndexerTopkParams& p, const CUtensorMap& map, bool paged, const Te
     p.topk = static_cast<int32_t>(topk);
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     const cudaStream_t stream = current_stream(q);
-    const auto in_one_step = [&]<class Shape>() { launch<Shape>(p, map, q, stream); };
+    const auto in_one_step = [&]<class Shape>() { launch<Shape>(p, maps, q, stream); };
     if (paged || in_two_steps(p, q.sizes()[1])) {
-        score_then_select(p, map, paged, q, stream);
+        score_then_select(p, maps, paged, q, stream);
     } else {
-        with_indexer_shape<false, false>(q.sizes()[1], q.sizes()[2], in_one_step);
+        with_indexer_shape<false, Division::kKeys>(q.sizes()[1], q.sizes()[2], in_one_step);
     }
     return indices;
 }
@@ -107,8 +108,8 @@ Tensor indexer_topk(const Tensor& q, const Tensor& weights, const Tensor& k, con
                     int64_t max_seqlen_k) {
     IndexerTopkParams p{};
     set_queries(p, q, weights, cu_seqlens_q);
-    const CUtensorMap map = packed_keys(p, k, k_scale, cu_seqlens_k, max_seqlen_k);
-    return select(p, map, false, q, topk);
+    const KeyMaps maps = packed_keys(p, k, k_scale, cu_seqlens_k, max_seqlen_k);
+    return select(p, maps, false, q, topk);
 }
 
 Tensor indexer_topk_paged(const Tensor& q, const Tensor& weights, const Tensor& index_cache,
@@ -116,8 +117,8 @@ Tensor indexer_topk_paged(const Tensor& q, const Tensor& weights, const Tensor& 
                           const Tensor& cu_seqlens_q, int64_t topk) {
     IndexerTopkParams p{};
     set_queries(p, q, weights, cu_seqlens_q);
-    const CUtensorMap map = paged_keys(p, index_cache, page_table, lengths, q.sizes()[2]);
-    return select(p, map, true, q, topk);
+    const KeyMaps maps = paged_keys(p, index_cache, page_table, lengths, q.sizes()[2]);
+    return select(p, maps, true, q, topk);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsa_kernels_cuda, CUDA, m) {

@@ -42,11 +42,7 @@ struct RunPlan {
     __device__ explicit RunPlan(const TokenRun& run) : sample{0, 0}, all{0, run.tiles()} {
         constexpr int kRoom = TopkStorage<Shape>::kSampled / kTileKeys;
         const int tiles = min(min(max(all.last / 32, kFewestSampled), kMostSampled), kRoom);
-        if (all.last < 2 * tiles) return;
-        // Blocks that start together do not ask for the same tiles together, nor for tiles a power
-        // of two apart. (The first has brought no time, the second was not measured apart.)
-        const int turn = static_cast<int>(blockIdx.x) % tiles;
-        sample = {0, tiles, (all.last / tiles - 1) | 1, turn};
+        if (all.last >= 2 * tiles) sample = {0, tiles, all.last / tiles};
     }
 };
 
@@ -62,7 +58,7 @@ struct OwnTokens {
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
             const bool mine = tokens >> (first + a) & 1 && quad % Shape::kLanesPerToken == 0;
-            seen[a] = mine ? s.score.visible[first + a] : 0;
+            seen[a] = mine ? s.visible[first + a] : 0;
         }
     }
 };
@@ -104,68 +100,66 @@ template <class Shape>
 struct Appender {
     static constexpr int kOwn = Shape::kLaneTokens;
     OwnTokens<Shape> own;
-    int count[kOwn] = {};  // in this thread's segment, those that found no room included
     float bound[kOwn];
-    int room;            // of the segment
-    int whole;           // keys that all tokens of the block see
-    Candidate* segment;  // this thread's, in the list of the first own token
+    int room;  // of a segment
+    // Of this thread's segments, in the workspace: the next entry, and the one after the first that
+    // finds no room.
+    uint32_t next[kOwn], end[kOwn];
 
     __device__ Appender(const IndexerTopkParams& p, const TopkStorage<Shape>& s, int quad,
                         uint32_t tokens, const Segments& segments)
         : own(s, quad, tokens), room(segments.room) {
-        segment = list_of<Shape>(p, own.first) + segments.begin + threadIdx.x / 4;
 #pragma unroll
-        for (int a = 0; a < kOwn; ++a) bound[a] = s.bound[own.first + a];
-        whole = Shape::kLanesPerToken == 1 ? INT_MAX : 0;
-        for (int t = 0; t < Shape::kTokens; ++t)
-            whole = min(whole, tokens >> t & 1 ? s.score.visible[t] : 0);
+        for (int a = 0; a < kOwn; ++a) {
+            bound[a] = s.bound[own.first + a];
+            next[a] = list_begin<Shape>(p, own.first + a) + segments.begin + threadIdx.x / 4;
+            end[a] = next[a] + (room + 1) * kSegments;
+        }
     }
 
     __device__ void operator()(const IndexerTopkParams& p,
                                const typename Scorer<Shape>::Scores& scores) {
-        if (scores.end <= whole) {
-            append<true>(p, scores);
-        } else {
-            append<false>(p, scores);
-        }
-    }
-
-    template <bool kWhole>
-    __device__ void append(const IndexerTopkParams& p,
-                           const typename Scorer<Shape>::Scores& scores) {
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const float score = scores.score[a][r];
                 const int key = scores.key + kRowStep * r;
-                const bool pass = passes(score, bound[a]) && (kWhole || key < own.seen[a]);
-                global_store(segment + a * p.capacity + min(count[a], room) * kSegments, score, key,
-                             pass);
-                count[a] += pass;
+                const bool pass = key < own.seen[a] && passes(scores.score[a][r], bound[a]);
+                global_store(p.candidates + next[a], scores.score[a][r], key, pass);
+                if (pass) next[a] += kSegments;
             }
+            next[a] = min(next[a], end[a]);
         }
+    }
+
+    // How many were appended, one of those that found no room included.
+    __device__ void report(TopkStorage<Shape>& s, int quad) const {
+        int count[kOwn];
+#pragma unroll
+        for (int a = 0; a < kOwn; ++a) count[a] = room + 1 - (end[a] - next[a]) / kSegments;
+        dsa::report(s, quad, count);
     }
 };
 
 // All keys of a run: the scorers' side.
 template <class Shape>
 __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Scorer<Shape>& scorer,
-                           const TokenRun& run, int first_token) {
+                           const TokenRun& run, int first_token, uint32_t* again) {
     const RunPlan<Shape> plan(run);
     const auto meet = [] { named_barrier_sync(kSyncScorers, kScoreThreads); };
+    const int list = scorer.warp;
     const auto forget_bounds = [&] {
-        if (threadIdx.x < Shape::kTokens) s.front[threadIdx.x] = 0, s.bound[threadIdx.x] = NAN;
+        if (scorer.lane == 0 && list < Shape::kTokens) s.front[list] = 0, s.bound[list] = NAN;
         meet();
     };
-    const int list = threadIdx.x / 32;  // this warp's
     uint32_t tokens = run.tokens;
     const auto settles = [&] { return list < Shape::kTokens && (tokens >> list & 1) != 0; };
-    if (threadIdx.x == 0) s.again = 0;
+    if (scorer.warp == 0 && scorer.lane == 0) *again = 0;
     forget_bounds();
     if (plan.sample.last > 0) {
         Sampler<Shape> sampler(s, scorer.quad, tokens);
-        scorer.score(p, s.score, run, plan.sample, [&](const auto& scores) { sampler(scores); });
+        scorer.template score<1>(s.score, plan.sample,
+                                 [&](const auto& scores) { sampler(scores); });
         report(s, scorer.quad, sampler.count);
         meet();
         if (settles()) guess_bound(p, s, list);
@@ -175,8 +169,9 @@ __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Sc
     TileRange tiles = plan.all;
     Appender<Shape> appender(p, s, scorer.quad, tokens, Segments(p, false));
     while (true) {
-        scorer.score(p, s.score, run, tiles, [&](const auto& scores) { appender(p, scores); });
-        report(s, scorer.quad, appender.count);
+        scorer.template score<kTilesAtOnce>(s.score, tiles,
+                                            [&](const auto& scores) { appender(p, scores); });
+        appender.report(s, scorer.quad);
         meet();
         const bool last = tiles.last == plan.all.last;
         int rounds = 0;  // tiles a warpgroup that a certain pass can go on for
@@ -187,14 +182,14 @@ __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Sc
             rounds = (appender.room - __reduce_max_sync(~0u, fullest)) / kThreadKeys;
         }
         if (last || rounds < kFewestRounds) {
-            if (settles()) settle_list(p, s, list, first_token, certain, last);
+            if (settles()) settle_list(p, s, list, first_token, certain, last, again);
             if (last && certain) break;
             if (last) {
-                __syncthreads();  // with the loader
-                tokens = s.again;
+                meet();
+                if (scorer.warp == 0 && scorer.lane == 0) mbarrier_arrive(&s.settled);
+                tokens = *again;
                 if (tokens == 0) return;
                 certain = true;
-                meet();
                 forget_bounds();
                 tiles = {0, 0};
             } else {
@@ -212,64 +207,84 @@ __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Sc
 
 template <class Shape>
 __global__ void __launch_bounds__(kIndexerThreads, 1)
-    indexer_topk_kernel(const __grid_constant__ CUtensorMap map, const IndexerTopkParams p) {
+    indexer_topk_kernel(const __grid_constant__ KeyMaps maps, const IndexerTopkParams p) {
     auto& s = aligned_storage<TopkStorage<Shape>>();
+    if (threadIdx.x == 0) {
+        mbarrier_init(&s.told, 1);
+        mbarrier_init(&s.heard, Shape::kRings);
+        mbarrier_init(&s.settled, 1);
+    }
     init_storage(s.score);
 
-    // The next tokens, for the whole block of threads; false if there are none. Bit t of `scored`:
-    // token t sees more keys than topk.
-    const auto next_tokens = [&](int& first_token, uint32_t& scored) {
-        __syncthreads();  // the last ones are done with
-        if (threadIdx.x == 0) s.block = p.token_blocks - 1 - atomicAdd(p.next_block, 1);
-        __syncthreads();
-        if (s.block < 0) return false;
-        first_token = s.block * Shape::kTokens;
-        find_keys(p, s.score, first_token);
-        __syncthreads();
-        scored = 0;
-        for (int t = 0; t < Shape::kTokens; ++t)
-            if (s.score.visible[t] > p.topk) scored |= 1u << t;
-        return true;
+    LaneToken own;
+    // Bit t: token t of the block sees more keys than topk.
+    const auto scored_tokens = [&](int block) {
+        own = {};
+        own.find<Shape>(p, block * Shape::kTokens);
+        return __ballot_sync(~0u, own.visible > p.topk);
     };
-
-    int first_token;
-    uint32_t scored;
+    uint32_t block_parity = 0, run_parity = 0;  // of the next ones
     if (threadIdx.x >= kScoreThreads) {
         give_registers_back<kLoaderRegisters>();
         KeyLoader<Shape> loader;
-        while (next_tokens(first_token, scored)) {
-            while (scored != 0) {
-                const TokenRun run = next_run(s.score, scored);
+        if (loader.ring >= Shape::kRings) return;
+        while (true) {
+            mbarrier_wait(&s.told, block_parity);
+            const int block = s.block;
+            __syncwarp();
+            if (loader.lane == 0) mbarrier_arrive(&s.heard);
+            if (block < 0) return;
+            block_parity ^= 1;
+            for (uint32_t scored = scored_tokens(block); scored != 0;) {
+                const TokenRun run(own, scored);
                 scored &= ~run.tokens;
                 const RunPlan<Shape> plan(run);
-                const bool loads = threadIdx.x < kScoreThreads + 32 * kWarpgroups;
-                if (loads) {
-                    loader.load(p, map, s.score, run, plan.sample);
-                    loader.load(p, map, s.score, run, plan.all);
+#pragma unroll 1
+                for (int pass = 0; pass < 3; ++pass) {
+                    if (pass == 2) {
+                        mbarrier_wait(&s.settled, run_parity);
+                        if (s.again[run_parity] == 0) break;
+                    }
+                    loader.load(p, maps, s.score, run, pass == 0 ? plan.sample : plan.all);
                 }
-                __syncthreads();  // with the scorers, who know now
-                if (loads && s.again) loader.load(p, map, s.score, run, plan.all);
+                run_parity ^= 1;
             }
         }
     } else {
         take_registers<kScorerRegisters>();
         Scorer<Shape> scorer;
-        while (next_tokens(first_token, scored)) {
+        while (true) {
+            named_barrier_sync(kSyncScorers, kScoreThreads);  // the last tokens are done with
+            if (scorer.warp == 0 && scorer.lane == 0) {
+                mbarrier_wait(&s.heard, block_parity ^ 1);
+                s.block = p.token_blocks - 1 - atomicAdd(p.next_block, 1);
+                mbarrier_arrive(&s.told);
+            }
+            named_barrier_sync(kSyncScorers, kScoreThreads);
+            const int block = s.block, first_token = block * Shape::kTokens;
+            if (block < 0) return;
+            block_parity ^= 1;
+            uint32_t scored = scored_tokens(block);
             for (int t = 0; t < Shape::kTokens && first_token + t < p.tokens; ++t) {
                 if (scored >> t & 1) continue;
                 int32_t* row = p.indices + static_cast<int64_t>(first_token + t) * p.topk;
-                const int visible = s.score.visible[t];
+                const int visible = __shfl_sync(~0u, own.visible, t);
+#pragma unroll 1
                 for (int i = threadIdx.x; i < p.topk; i += kScoreThreads)
                     row[i] = i < visible ? i : -1;
             }
             if (scored == 0) continue;
+            if (scorer.lane == scorer.warp && scorer.warp < Shape::kTokens)
+                s.visible[scorer.warp] = own.visible;
             load_queries(p, s.score, first_token);
             scorer.load_weights(p, first_token);
             named_barrier_sync(kSyncScorers, kScoreThreads);
             while (scored != 0) {
-                const TokenRun run = next_run(s.score, scored);
+                const TokenRun run(own, scored);
                 scored &= ~run.tokens;
-                select_run(p, s, scorer, run, first_token);
+                scorer.begin(maps, run);
+                select_run(p, s, scorer, run, first_token, &s.again[run_parity]);
+                run_parity ^= 1;
             }
         }
     }

@@ -15,7 +15,7 @@ struct TopkSelectParams {
     int32_t width;
     int32_t topk;
     int32_t front_pieces;  // streamed: of the list, each of the two fronts: room for topk
-    int32_t stages;        // streamed: of the ring
+    int32_t stages;        // streamed: of the ring, in a first pass
 };
 
 }  // namespace dsa

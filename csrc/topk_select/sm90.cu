@@ -107,14 +107,15 @@ template <typename T>
 void launch_streamed(TopkSelectParams& p, cudaStream_t stream) {
     auto* kernel = topk_select_streamed_kernel<T>;
     p.front_pieces = (p.topk + kPiece - 1) / kPiece;
-    const int fixed = sizeof(Storage) + (2 * p.front_pieces + kWarps) * kPiece * 8;
-    const int stage = kRoundColumns * sizeof(T);
-    const int half = kMostSharedBytes / 2 - 1024;  // two blocks an SM, if that leaves a ring
-    const int room = fixed + 2 * stage <= half ? half : kMostSharedBytes;
-    p.stages = std::min((room - fixed) / stage, kMostStages);
-    STD_TORCH_CHECK(p.stages >= 2, "topk: no room for the candidates of ", p.topk);
+    const int pieces = sizeof(Candidate) * kPiece, stage = kRoundColumns * sizeof(T);
+    const int fixed = sizeof(Storage) + kWarps * pieces;
+    const int late = (kLatePieces + 2 * p.front_pieces) * pieces;  // of a second pass
+    const int half = kMostSharedBytes / 2 - 1024;  // two blocks an SM, if that is enough
+    const int bytes = fixed + late <= half ? half : kMostSharedBytes;
+    STD_TORCH_CHECK(fixed + late <= bytes, "topk: no room for the candidates of ", p.topk);
+    p.stages = std::min((bytes - fixed) / stage, kMostStages);
     allow_shared_memory(kernel, kMostSharedBytes);
-    launch_after(stream, kernel, p.rows, kThreads, fixed + p.stages * stage, 1, p);
+    launch_after(stream, kernel, p.rows, kThreads, bytes, 1, p);
 }
 
 template <typename T>

@@ -7,7 +7,7 @@
 // about 3300 pass at topk = 2048. If the guess was wrong, or more passed than a piece holds, the
 // block goes through the row again with certain bounds and cuts (common/candidates.cuh).
 //
-// 111 KB of shared memory, 16 of them the ring: two blocks an SM, so that one streams while the
+// 114 KB of shared memory, half of them the ring: two blocks an SM, so that one streams while the
 // other selects. Bound by instructions, about 40 for 32 columns with all that a row costs once.
 // Measured on an H200: 277 us for 1024 rows of 131072, of which reading is 125.
 #pragma once
@@ -27,21 +27,36 @@ constexpr int kLaneColumns = 8;  // of a round
 constexpr int kWarpColumns = 32 * kLaneColumns;
 constexpr uint32_t kRoundColumns = kWarps * kWarpColumns;
 constexpr int kBitmapWords = 2048;
-constexpr int kPiece = 640;  // candidates in a piece of the list
-constexpr int kMostStages = 8;
+constexpr int kPiece = 608;  // candidates in a piece of the list
+constexpr int kMostStages = 8, kLateStages = 2;
+// Pieces' worth of memory under the stages that a second pass has.
+constexpr int kLatePieces = (kLateStages * kRoundColumns * sizeof(float) - 1) / (kPiece * 8) + 1;
 constexpr int kFewestSampled = 4096;  // columns of a row
 
 using Group = ThreadGroup<kScanThreads>;
 
-// Pieces of the list: two fronts, which a cut fills in turn, then a piece for each warp.
+// The list has a piece for each warp and, after some that do not count, two fronts, which a cut
+// fills in turn. The ring begins behind the warps' pieces: in a first pass, which needs no fronts,
+// it takes all memory, in a second one only what lies before them.
 struct Storage {
     uint32_t bitmap[kBitmapWords];
     SelectScratch scratch;
-    uint64_t full[kMostStages];
-    uint64_t empty[kMostStages];
-    int counts[64];  // of each piece
+    uint64_t full[kMostStages + kLateStages];  // of either pass
+    uint64_t empty[kMostStages + kLateStages];
+    uint64_t settled;  // whether the row has to come again is known
     bool again;
-    alignas(16) uint8_t dynamic[];  // the list, then the ring
+    int counts[64];                 // of each piece
+    alignas(16) uint8_t dynamic[];  // the list and the ring
+};
+constexpr int kFirstFront = kWarps + kLatePieces;
+
+// A pass over the row: the stages of its ring, and which mbarriers are theirs.
+struct Pass {
+    int stages;
+    int barriers;
+    RingPosition at;
+
+    __device__ int barrier() const { return barriers + at.stage; }
 };
 
 template <typename T>
@@ -52,15 +67,16 @@ __device__ int rounds(const Row<T>& row) {
 // All rounds of the row into the ring, in whole 16-byte pieces: the first and the last hold at
 // least one of its columns, and what else they hold is never looked at. By one thread.
 template <typename T>
-__device__ void load_row(const Row<T>& row, Storage& s, T* ring, int stages, RingPosition& at) {
+__device__ void load_row(const Row<T>& row, Storage& s, T* ring, Pass pass) {
     constexpr int kVector = 16 / sizeof(T);
-    for (int round = 0; round < rounds(row); ++round, at.advance(stages)) {
+    for (int round = 0; round < rounds(row); ++round, pass.at.advance(pass.stages)) {
         const uint32_t first = round * kRoundColumns;
         const uint32_t left = (row.end - first + kVector - 1) / kVector * kVector;
         const uint32_t bytes = sizeof(T) * min(left, kRoundColumns);
-        mbarrier_wait(&s.empty[at.stage], at.parity ^ 1);
-        mbarrier_arrive_expect(&s.full[at.stage], bytes);
-        bulk_load(ring + at.stage * kRoundColumns, row.scores + first, bytes, &s.full[at.stage]);
+        uint64_t* full = &s.full[pass.barrier()];
+        mbarrier_wait(&s.empty[pass.barrier()], pass.at.parity ^ 1);
+        mbarrier_arrive_expect(full, bytes);
+        bulk_load(ring + pass.at.stage * kRoundColumns, row.scores + first, bytes, full);
     }
 }
 
@@ -79,8 +95,7 @@ struct Scanner {
     const T* ring;
     Candidate* entries;
     Group group{static_cast<int>(threadIdx.x), 1};
-    RingPosition at;
-    int own_piece = 2 * p.front_pieces + group.warp();
+    Pass pass{p.stages, 0};
     int count = 0;  // candidates in this warp's piece, those that found no room included
     float bound = NAN;
     Threshold threshold;  // of the set, once a pass has found it
@@ -91,17 +106,17 @@ struct Scanner {
         const uint32_t first = round * kRoundColumns + in_round - row.begin;  // may wrap around
         const uint32_t below = group.lanes_below();
         const bool edge = round == 0 || round == rounds(row) - 1;
-        const uint32_t own = shared_address(entries + own_piece * kPiece);
-        const T* columns = ring + at.stage * kRoundColumns + in_round;
-        mbarrier_wait(&s.full[at.stage], at.parity);
+        const uint32_t own = shared_address(entries + group.warp() * kPiece);
+        const T* columns = ring + pass.at.stage * kRoundColumns + in_round;
+        mbarrier_wait(&s.full[pass.barrier()], pass.at.parity);
         Vector vectors[kLaneColumns / kVector];
 #pragma unroll
         for (int j = 0; j < kLaneColumns; j += kVector)
             vectors[j / kVector].raw = *reinterpret_cast<const uint4*>(columns + j * 32);
         fence_proxy_async();  // they are read, not only asked for, before TMA writes there again
         __syncwarp();
-        if (group.lane() == 0) mbarrier_arrive(&s.empty[at.stage]);
-        at.advance(p.stages);
+        if (group.lane() == 0) mbarrier_arrive(&s.empty[pass.barrier()]);
+        pass.at.advance(pass.stages);
 #pragma unroll
         for (int j = 0; j < kLaneColumns; ++j) {
             const int column = j / kVector * kVector * 32 + j % kVector;
@@ -120,18 +135,27 @@ struct Scanner {
     __device__ float guess() {
         const uint32_t n = row.length();
         if (n < kFewestSampled) return NAN;
-        const int sample = n >= 65536 ? 4096 : n >= 16384 ? 2048 : 1024;
+        constexpr int kMostSample = 4096, kMostVectors = kMostSample / kVector / kScanThreads;
+        static_assert(kMostSample <= kWarps * kPiece);  // the ring is being filled
+        const int sample = n >= 65536 ? kMostSample : n >= 16384 ? 2048 : 1024;
         const int rank = sample_rank(sample, p.topk, n);
         if (rank == 0) return NAN;
         const uint32_t first = (row.begin + kVector - 1) / kVector;
         const uint32_t step = (row.end / kVector - first) / (sample / kVector);
-        for (int i = group.thread; i < sample / kVector; i += kScanThreads) {
-            Vector vector;
-            vector.raw =
-                *reinterpret_cast<const uint4*>(row.scores + size_t{first + i * step} * kVector);
+        Vector vectors[kMostVectors];
 #pragma unroll
-            for (int v = 0; v < kVector; ++v)
-                entries[i * kVector + v] = {static_cast<float>(vector.value[v]), 0};
+        for (int n = 0; n < kMostVectors; ++n) {
+            const int i = group.thread + n * kScanThreads;
+            if (i < sample / kVector)
+                vectors[n].raw = *reinterpret_cast<const uint4*>(
+                    row.scores + size_t{first + i * step} * kVector);
+        }
+#pragma unroll
+        for (int n = 0; n < kMostVectors; ++n) {
+            const int i = group.thread + n * kScanThreads;
+#pragma unroll
+            for (int v = 0; i < sample / kVector && v < kVector; ++v)
+                entries[i * kVector + v] = {static_cast<float>(vectors[n].value[v]), 0};
         }
         group.sync();
         const float score =
@@ -142,19 +166,20 @@ struct Scanner {
 
     __device__ auto list() const {
         const auto count = [counts = s.counts](int piece) { return counts[piece]; };
-        return CandidateList<decltype(count)>{entries, 2 * p.front_pieces + kWarps, kPiece, count};
+        return CandidateList<decltype(count)>{entries, kFirstFront + 2 * p.front_pieces, kPiece,
+                                              count};
     }
 
     // Shows the count of every warp's piece to all; returns the fullest.
     __device__ int publish() {
         group.sync();  // the last counts are read
-        if (group.lane() == 0) s.counts[own_piece] = count;
+        if (group.lane() == 0) s.counts[group.warp()] = count;
         group.sync();
-        return __reduce_max_sync(~0u, s.counts[2 * p.front_pieces + group.lane() % kWarps]);
+        return __reduce_max_sync(~0u, s.counts[group.lane() % kWarps]);
     }
 
     __device__ int total() const {
-        const int pieces = 2 * p.front_pieces + kWarps;
+        const int pieces = kFirstFront + 2 * p.front_pieces;
         int sum = 0;
         for (int piece = group.lane(); piece < pieces; piece += 32) sum += s.counts[piece];
         return __reduce_add_sync(~0u, sum);
@@ -163,7 +188,8 @@ struct Scanner {
     // One pass with a guess. Whether the list holds the set: if it is whole and the set lies above
     // the guess.
     __device__ bool select_by_guess() {
-        if (group.thread < 2 * p.front_pieces) s.counts[group.thread] = 0;
+        const int others = kLatePieces + 2 * p.front_pieces;
+        if (group.thread < others) s.counts[kWarps + group.thread] = 0;
         bound = guess();
 #pragma unroll 1
         for (int round = 0; round < rounds(row); ++round) scan(round);
@@ -176,6 +202,7 @@ struct Scanner {
     __device__ void select_by_cuts() {
         bound = NAN;
         count = 0;
+        pass = {kLateStages, kMostStages};
         int turn = 0;
         for (int done = 0, fullest = 0; done < rounds(row);) {
             const int stop = min(rounds(row), done + (kPiece - fullest) / kWarpColumns);
@@ -192,11 +219,11 @@ struct Scanner {
             }
             if (last) return;
             const int front = turn * p.front_pieces;
-            keep(group, s.scratch, list(), threshold, entries + front * kPiece);
+            keep(group, s.scratch, list(), threshold, entries + (kFirstFront + front) * kPiece);
             if (group.thread < 2 * p.front_pieces) {
                 const int piece = group.thread - front;
                 const int left = min(candidates, p.topk) - piece * kPiece;
-                s.counts[group.thread] =
+                s.counts[kFirstFront + group.thread] =
                     piece >= 0 && piece < p.front_pieces ? min(max(left, 0), kPiece) : 0;
             }
             turn ^= 1;
@@ -218,28 +245,27 @@ __global__ void __launch_bounds__(kThreads, 2)
     wait_for_kernels_before();
     const Row<T> row(p, blockIdx.x);
     if (row.take_all(p.topk, threadIdx.x, kThreads)) return;
-    const int capacity = (2 * p.front_pieces + kWarps) * kPiece;
     Candidate* entries = reinterpret_cast<Candidate*>(s.dynamic);
-    T* ring = reinterpret_cast<T*>(entries + capacity);
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < p.stages; ++stage) {
-            mbarrier_init(&s.full[stage], 1);
-            mbarrier_init(&s.empty[stage], kWarps);
-        }
-        fence_mbarrier_init();
+    T* ring = reinterpret_cast<T*>(entries + kWarps * kPiece);
+    if (threadIdx.x < kMostStages + kLateStages) {
+        mbarrier_init(&s.full[threadIdx.x], 1);
+        mbarrier_init(&s.empty[threadIdx.x], kWarps);
     }
+    if (threadIdx.x == 0) mbarrier_init(&s.settled, 1);
+    fence_mbarrier_init();
     __syncthreads();
     if (threadIdx.x >= kScanThreads) {
-        RingPosition at;
-        const bool loads = threadIdx.x == kScanThreads;
-        if (loads) load_row(row, s, ring, p.stages, at);
-        named_barrier_sync(0, kThreads);
-        if (loads && s.again) load_row(row, s, ring, p.stages, at);
+        if (threadIdx.x > kScanThreads) return;
+        load_row(row, s, ring, {p.stages, 0});
+        mbarrier_wait(&s.settled, 0);
+        if (s.again) load_row(row, s, ring, {kLateStages, kMostStages});
     } else {
         Scanner<T> scanner{p, row, s, ring, entries};
         const bool done = scanner.select_by_guess();
-        if (threadIdx.x == 0) s.again = !done;
-        named_barrier_sync(0, kThreads);
+        if (threadIdx.x == 0) {
+            s.again = !done;
+            mbarrier_arrive(&s.settled);
+        }
         if (!done) scanner.select_by_cuts();
         scanner.write();
     }
