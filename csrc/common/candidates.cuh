@@ -214,6 +214,7 @@ __device__ Cut find_bin(const Group& group, SelectScratch& s, int wanted) {
         const Cut outer = reach(group, run, wanted);
         const int top = kBins - 1 - 32 * outer.value;
         const Cut inner = reach(group, s.histogram[top - group.lane()], outer.wanted);
+        group.sync();  // the counts are read
         return {top - inner.value, inner.wanted, inner.count};
     }
     constexpr int kOwnBins = kBins / Group::kThreads;  // bins of a thread
@@ -330,7 +331,7 @@ __device__ __forceinline__ bool above_guess(Threshold threshold, float bound) {
 // How many of `sample` candidates, drawn evenly from n, should beat a bound that at least topk of
 // the n beat: five standard deviations more than topk / n of them. 0 if that is most of them: no
 // guess.
-__device__ __forceinline__ int sample_rank(int sample, int topk, int n) {
+__host__ __device__ inline int sample_rank(int sample, int topk, int n) {
     const float expected = static_cast<float>(sample) * topk / n;
     const int rank = static_cast<int>(expected + 5.0f * sqrtf(expected)) + 8;
     return 2 * rank > sample ? 0 : rank;

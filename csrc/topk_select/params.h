@@ -14,8 +14,11 @@ struct TopkSelectParams {
     int32_t rows;
     int32_t width;
     int32_t topk;
-    int32_t front_pieces;  // streamed: of the list, each of the two fronts: room for topk
-    int32_t stages;        // streamed: of the ring, in a first pass
+    // Of the streamed kernel:
+    int32_t piece;         // candidates in a piece of the list
+    int32_t front_pieces;  // in each of the two fronts: room for topk
+    int32_t first_front;   // its number
+    int32_t stages;        // of the ring in a first pass
 };
 
 }  // namespace dsa

@@ -103,16 +103,36 @@ void launch_bracket(const TopkSelectParams& p, cudaStream_t stream) {
     }
 }
 
+// Sets p's pieces; returns the bytes of shared memory that the list and the ring of a second pass
+// need.
+template <typename T>
+int set_pieces(TopkSelectParams& p, int piece) {
+    const int bytes = sizeof(Candidate) * piece;
+    const int late = kLateStages * kRoundColumns * sizeof(T);
+    p.piece = piece;
+    p.front_pieces = (p.topk + piece - 1) / piece;
+    p.first_front = kWarps + (late + bytes - 1) / bytes;
+    return sizeof(Storage) + (p.first_front + 2 * p.front_pieces) * bytes;
+}
+
+// Two blocks an SM, if pieces that hold what should pass let them; better pieces with room to
+// spare.
 template <typename T>
 void launch_streamed(TopkSelectParams& p, cudaStream_t stream) {
     auto* kernel = topk_select_streamed_kernel<T>;
-    p.front_pieces = (p.topk + kPiece - 1) / kPiece;
-    const int pieces = sizeof(Candidate) * kPiece, stage = kRoundColumns * sizeof(T);
-    const int fixed = sizeof(Storage) + kWarps * pieces;
-    const int late = (kLatePieces + 2 * p.front_pieces) * pieces;  // of a second pass
-    const int half = kMostSharedBytes / 2 - 1024;  // two blocks an SM, if that is enough
-    const int bytes = fixed + late <= half ? half : kMostSharedBytes;
-    STD_TORCH_CHECK(fixed + late <= bytes, "topk: no room for the candidates of ", p.topk);
+    const int smallest = piece_size(p.width, p.topk, 0.0f);
+    const auto fit = [&](int bytes, int least) {
+        int piece = piece_size(p.width, p.topk, 4.0f);
+        while (piece > least && set_pieces<T>(p, piece) > bytes) piece -= 32;
+        return set_pieces<T>(p, piece) <= bytes;
+    };
+    int bytes = kMostSharedBytes / 2 - 1024;
+    if (!fit(bytes, smallest)) {
+        bytes = kMostSharedBytes;
+        STD_TORCH_CHECK(fit(bytes, kSmallestPiece), "topk: no room for the candidates of ", p.topk);
+    }
+    const int stage = kRoundColumns * sizeof(T);
+    const int fixed = sizeof(Storage) + kWarps * p.piece * sizeof(Candidate);
     p.stages = std::min((bytes - fixed) / stage, kMostStages);
     allow_shared_memory(kernel, kMostSharedBytes);
     launch_after(stream, kernel, p.rows, kThreads, bytes, 1, p);

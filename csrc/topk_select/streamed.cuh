@@ -14,6 +14,9 @@
 
 #include <cuda_bf16.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "common/candidates.cuh"
 #include "common/ring.cuh"
 #include "topk_select/row.cuh"
@@ -27,13 +30,27 @@ constexpr int kLaneColumns = 8;  // of a round
 constexpr int kWarpColumns = 32 * kLaneColumns;
 constexpr uint32_t kRoundColumns = kWarps * kWarpColumns;
 constexpr int kBitmapWords = 2048;
-constexpr int kPiece = 608;  // candidates in a piece of the list
 constexpr int kMostStages = 8, kLateStages = 2;
-// Pieces' worth of memory under the stages that a second pass has.
-constexpr int kLatePieces = (kLateStages * kRoundColumns * sizeof(float) - 1) / (kPiece * 8) + 1;
 constexpr int kFewestSampled = 4096;  // columns of a row
+constexpr int kMostSample = 4096;
+constexpr int kSmallestPiece = kMostSample / kWarps;  // they hold the sample, too
 
 using Group = ThreadGroup<kScanThreads>;
+
+// How many of n columns tell the guess.
+__host__ __device__ constexpr int sample_size(uint32_t n) {
+    return n >= 65536 ? kMostSample : n >= 16384 ? 2048 : 1024;
+}
+
+// A warp's share of the candidates that should pass, three standard deviations more, as warps
+// differ, and `deviations` of the guess, which is one of a sample.
+inline int piece_size(int width, int topk, float deviations) {
+    const int sample = sample_size(width), rank = sample_rank(sample, topk, width);
+    const float passing = static_cast<float>(rank) / sample * width;
+    const float share = passing * (1.0f + deviations / std::sqrt(std::max(rank, 1))) / kWarps;
+    const int piece = static_cast<int>(share + 3.0f * std::sqrt(share));
+    return std::max((piece + 31) / 32 * 32, kSmallestPiece);
+}
 
 // The list has a piece for each warp and, after some that do not count, two fronts, which a cut
 // fills in turn. The ring begins behind the warps' pieces: in a first pass, which needs no fronts,
@@ -48,7 +65,6 @@ struct Storage {
     int counts[64];                 // of each piece
     alignas(16) uint8_t dynamic[];  // the list and the ring
 };
-constexpr int kFirstFront = kWarps + kLatePieces;
 
 // A pass over the row: the stages of its ring, and which mbarriers are theirs.
 struct Pass {
@@ -106,7 +122,7 @@ struct Scanner {
         const uint32_t first = round * kRoundColumns + in_round - row.begin;  // may wrap around
         const uint32_t below = group.lanes_below();
         const bool edge = round == 0 || round == rounds(row) - 1;
-        const uint32_t own = shared_address(entries + group.warp() * kPiece);
+        const uint32_t own = shared_address(entries + group.warp() * p.piece);
         const T* columns = ring + pass.at.stage * kRoundColumns + in_round;
         mbarrier_wait(&s.full[pass.barrier()], pass.at.parity);
         Vector vectors[kLaneColumns / kVector];
@@ -126,7 +142,7 @@ struct Scanner {
             const uint32_t ballot = __ballot_sync(~0u, pass);
             const int place = count + __popc(ballot & below);
             shared_store(own + place * sizeof(Candidate), score, first + column,
-                         pass && place < kPiece);
+                         pass && place < p.piece);
             count += __popc(ballot);
         }
     }
@@ -135,9 +151,8 @@ struct Scanner {
     __device__ float guess() {
         const uint32_t n = row.length();
         if (n < kFewestSampled) return NAN;
-        constexpr int kMostSample = 4096, kMostVectors = kMostSample / kVector / kScanThreads;
-        static_assert(kMostSample <= kWarps * kPiece);  // the ring is being filled
-        const int sample = n >= 65536 ? kMostSample : n >= 16384 ? 2048 : 1024;
+        constexpr int kMostVectors = kMostSample / kVector / kScanThreads;
+        const int sample = sample_size(n);
         const int rank = sample_rank(sample, p.topk, n);
         if (rank == 0) return NAN;
         const uint32_t first = (row.begin + kVector - 1) / kVector;
@@ -166,7 +181,7 @@ struct Scanner {
 
     __device__ auto list() const {
         const auto count = [counts = s.counts](int piece) { return counts[piece]; };
-        return CandidateList<decltype(count)>{entries, kFirstFront + 2 * p.front_pieces, kPiece,
+        return CandidateList<decltype(count)>{entries, p.first_front + 2 * p.front_pieces, p.piece,
                                               count};
     }
 
@@ -179,7 +194,7 @@ struct Scanner {
     }
 
     __device__ int total() const {
-        const int pieces = kFirstFront + 2 * p.front_pieces;
+        const int pieces = p.first_front + 2 * p.front_pieces;
         int sum = 0;
         for (int piece = group.lane(); piece < pieces; piece += 32) sum += s.counts[piece];
         return __reduce_add_sync(~0u, sum);
@@ -188,12 +203,13 @@ struct Scanner {
     // One pass with a guess. Whether the list holds the set: if it is whole and the set lies above
     // the guess.
     __device__ bool select_by_guess() {
-        const int others = kLatePieces + 2 * p.front_pieces;
-        if (group.thread < others) s.counts[kWarps + group.thread] = 0;
+        for (int i = kWarps + group.thread; i < p.first_front + 2 * p.front_pieces;
+             i += kScanThreads)
+            s.counts[i] = 0;
         bound = guess();
 #pragma unroll 1
         for (int round = 0; round < rounds(row); ++round) scan(round);
-        if (publish() > kPiece || total() < p.topk) return false;
+        if (publish() > p.piece || total() < p.topk) return false;
         threshold = find_threshold(group, s.scratch, list(), p.topk);
         return above_guess(threshold, bound);
     }
@@ -205,12 +221,12 @@ struct Scanner {
         pass = {kLateStages, kMostStages};
         int turn = 0;
         for (int done = 0, fullest = 0; done < rounds(row);) {
-            const int stop = min(rounds(row), done + (kPiece - fullest) / kWarpColumns);
+            const int stop = min(rounds(row), done + (p.piece - fullest) / kWarpColumns);
 #pragma unroll 1
             for (; done < stop; ++done) scan(done);
             fullest = publish();
             const bool last = done == rounds(row);
-            if (!last && kPiece - fullest >= kWarpColumns) continue;
+            if (!last && p.piece - fullest >= kWarpColumns) continue;
             const int candidates = total();
             threshold = {0, INT_MAX};
             if (candidates >= p.topk) {
@@ -219,12 +235,12 @@ struct Scanner {
             }
             if (last) return;
             const int front = turn * p.front_pieces;
-            keep(group, s.scratch, list(), threshold, entries + (kFirstFront + front) * kPiece);
+            keep(group, s.scratch, list(), threshold, entries + (p.first_front + front) * p.piece);
             if (group.thread < 2 * p.front_pieces) {
                 const int piece = group.thread - front;
-                const int left = min(candidates, p.topk) - piece * kPiece;
-                s.counts[kFirstFront + group.thread] =
-                    piece >= 0 && piece < p.front_pieces ? min(max(left, 0), kPiece) : 0;
+                const int left = min(candidates, p.topk) - piece * p.piece;
+                s.counts[p.first_front + group.thread] =
+                    piece >= 0 && piece < p.front_pieces ? min(max(left, 0), p.piece) : 0;
             }
             turn ^= 1;
             count = fullest = 0;
@@ -246,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Row<T> row(p, blockIdx.x);
     if (row.take_all(p.topk, threadIdx.x, kThreads)) return;
     Candidate* entries = reinterpret_cast<Candidate*>(s.dynamic);
-    T* ring = reinterpret_cast<T*>(entries + kWarps * kPiece);
+    T* ring = reinterpret_cast<T*>(entries + kWarps * p.piece);
     if (threadIdx.x < kMostStages + kLateStages) {
         mbarrier_init(&s.full[threadIdx.x], 1);
         mbarrier_init(&s.empty[threadIdx.x], kWarps);
