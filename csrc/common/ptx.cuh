@@ -172,11 +172,6 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barri
         : "memory");
 }
 
-// 9.7.9.15 prefetch: the line of an address into L2.
-__device__ __forceinline__ void prefetch_line(const void* pointer) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
-}
-
 // 9.7.13.14 red: adds to a word at an address in shared memory where `active`, without a branch.
 __device__ __forceinline__ void shared_add(uint32_t word, uint32_t value, bool active = true) {
     asm volatile(

@@ -1,17 +1,18 @@
 // indexer_logits on Hopper, the kernel: see common/indexer_tile.cuh for how a tile is scored.
 //
-// The work is a row of rounds, 256 keys of 8 tokens (at 16 heads) each: block of tokens after block
-// of tokens, and of each the keys that its tokens see. Every block of threads counts them all and
-// takes an equal share, wherever it begins: sequences of any length, long next to short, leave no
-// SM idle. A run counts as three rounds more, for the loading of its queries, which nothing hides.
-// It changes no bit.
+// The work is a row of rounds, a tile of each ring for a block of tokens: 128 keys of 16 tokens (at
+// 16 heads), or with few tokens 256 of 4; block of tokens after block of tokens, and of each the
+// keys that its tokens see. Every block of threads counts them all and takes an equal share,
+// wherever it begins: sequences of any length, long next to short, leave no SM idle. A run counts
+// as three rounds more, for the loading of its queries, which nothing hides. It changes no bit.
 //
-// Scores go from registers to memory, 32 bytes at a time (8 keys of a token): 2048 x 131072 scores
-// are 1.07 GB, 0.25 ms of writing under 0.4 ms of products and sums. The keys, 8 MB at 131072, come
-// from L2. Of the loading warpgroup two warps load; the others tell what the tokens see. Measured
-// on an H200: 0.80 ms at 16 heads x 64; 1121 and 1076 TFLOPS at 32 and 64
-// heads x 128; 93 us for 64 requests of 65536 keys, 302 MB: 85% of the rate of a copy, and 8 us
-// until the first tile is there.
+// Scorers and loaders find their tokens for themselves and meet only at the tiles' mbarriers: the
+// first keys of a block of tokens come while the last ones of another are scored. Scores go from
+// registers to memory, 32 bytes at a time (8 keys of a token): 2048 x 131072 scores are 1.07 GB,
+// 0.25 ms of writing under 0.4 ms of products and 0.5 of sums. The keys, 9 MB at 131072, come from
+// L2. Of the loading warpgroup one or two warps load; the others tell what the tokens see. Measured
+// on an H200: 0.67 ms at 16 heads x 64; 1236 and 1241 TFLOPS at 32 and 64 heads x 128; 92 us for 64
+// requests of 65536 keys, 302 MB: 85% of the rate of a copy, and 8 us until the first tile is there.
 #pragma once
 
 #include "common/indexer_tile.cuh"
@@ -150,25 +151,10 @@ __device__ void tell_visible(const IndexerLogitsParams& p, int warp, int warps) 
     }
 }
 
-// Asks for what a call with few tokens reads one after the other, a line a thread of the grid: none
-// of it is in L2 when a layer of a decoder begins, and each would be a miss of its own.
-__device__ __forceinline__ void prefetch_inputs(const IndexerLogitsParams& p) {
-    constexpr int kLine = 128;
-    const int64_t offset = int64_t{kLine} * (blockIdx.x * kIndexerThreads + threadIdx.x);
-    const auto prefetch = [&](const auto* data, int64_t count) {
-        const auto* bytes = reinterpret_cast<const uint8_t*>(data);
-        if (offset < count * sizeof(*data)) prefetch_line(bytes + offset);
-    };
-    prefetch(p.q, p.tokens * p.q_stride);
-    prefetch(p.weights, p.tokens * p.weight_stride);
-    if (p.page_table != nullptr) prefetch(p.page_table, p.num_sequences * p.table_stride);
-}
-
 template <class Shape>
 __global__ void __launch_bounds__(kIndexerThreads, 1)
     indexer_logits_kernel(const __grid_constant__ KeyMaps maps, const IndexerLogitsParams p) {
     auto& s = aligned_storage<LogitsStorage<Shape>>();
-    if constexpr (Shape::kFew) prefetch_inputs(p);
     init_storage(s.score);
     wait_for_kernels_before();
     count_rounds(p, s);

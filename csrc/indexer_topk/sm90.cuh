@@ -3,9 +3,9 @@
 //
 // A block of threads owns 8 tokens (at 16 heads) and walks all their keys. A score that beats its
 // token's bound is appended to the token's list of candidates, which lies in L2; every thread has a
-// segment of its own in the lists of its tokens, so an append is a comparison and two predicated
-// instructions, a store and a count: no ballot, no atomics, no branch. The bounds are guesses from
-// a sample of the keys, 1024 to 4096 in tiles spread over the sequence, whose scores stay in shared
+// segment of its own in the lists of its tokens, so an append is two comparisons, a predicated
+// store and a predicated addition: no ballot, no atomics, no branch. The bounds are guesses from a
+// sample of the keys, 1024 to 4096 in tiles spread over the sequence, whose scores stay in shared
 // memory: at 131072 keys and topk = 2048 about 3500 to 3900 pass. After the last key each warp
 // selects from a list, which it reads twice where it lies: 1024 equal bins between the bound and
 // the best of the sample leave one bin open, a few candidates that the warp compares; all better
@@ -16,11 +16,14 @@
 // says how many tiles are safe, and full lists are cut to their best topk.
 //
 // Blocks take the next 8 tokens from a counter, the last tokens first: those of one sequence see
-// the most keys. Workspace: 132 blocks x 8 lists x 7.4 K candidates of 8 bytes, 60 MB.
-// Measured on an H200 at 16 heads x 64: 0.32 ms for 2048 tokens at the end of 32768 keys, 1.20 for
-// 131072, where the products alone are 0.41; 34.4 ms for all of 131072. A block takes 3.6 us for
-// each 1024 keys, bound by instructions (449 a warp and tile, 397 of them for scores), and 42 us
-// whatever their number, for the sample and the lists.
+// the most keys. Scorers and loaders, a warp each for two rings, meet at mbarriers only: what they
+// tell each other is the next block of tokens and which of a run's come again. Workspace: 132
+// blocks x 8 lists x 7.4 K candidates of 8 bytes, 60 MB.
+//
+// Measured on an H200 at 16 heads x 64: 0.30 ms for 2048 tokens at the end of 32768 keys, 0.91 for
+// 131072, where the products alone are 0.41; 31.7 ms for all of 131072. A block takes 3.2 us for
+// each 1024 keys, bound by the sums over heads (361 instructions a warp and tile, 256 of them ReLU
+// and sums), and 49 us whatever their number, for the sample and the lists.
 #pragma once
 
 #include "common/indexer_tile.cuh"
