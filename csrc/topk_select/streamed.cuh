@@ -160,18 +160,18 @@ struct Scanner {
         const uint32_t step = (row.end / kVector - first) / (sample / kVector);
         Vector vectors[kMostVectors];
 #pragma unroll
-        for (int n = 0; n < kMostVectors; ++n) {
-            const int i = group.thread + n * kScanThreads;
+        for (int u = 0; u < kMostVectors; ++u) {
+            const int i = group.thread + u * kScanThreads;
             if (i < sample / kVector)
-                vectors[n].raw = *reinterpret_cast<const uint4*>(
+                vectors[u].raw = *reinterpret_cast<const uint4*>(
                     row.scores + size_t{first + i * step} * kVector);
         }
 #pragma unroll
-        for (int n = 0; n < kMostVectors; ++n) {
-            const int i = group.thread + n * kScanThreads;
+        for (int u = 0; u < kMostVectors; ++u) {
+            const int i = group.thread + u * kScanThreads;
 #pragma unroll
             for (int v = 0; i < sample / kVector && v < kVector; ++v)
-                entries[i * kVector + v] = {static_cast<float>(vectors[n].value[v]), 0};
+                entries[i * kVector + v] = {static_cast<float>(vectors[u].value[v]), 0};
         }
         group.sync();
         const float score =
