@@ -15,7 +15,7 @@
 //
 // Who scores what is the shape's `Division`. Where there are many tokens and nothing but scores,
 // each warpgroup has tokens of its own and both take every tile: keys come from L2 half as often,
-// which bounds the products otherwise: two tiles are 17 KB, and with 8 tokens 512 cycles of them.
+// whose rate bounds the products otherwise, with 17 KB for every 512 cycles of the tensor cores.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -39,10 +39,10 @@ constexpr int kTilesAtOnce = 4;  // in one stream of products
 constexpr int kSyncScorers = 1;  // number of the scorers' named barrier; 0 is the whole block's
 
 enum class Division {
-    kKeys,       // both warpgroups have the same tokens and take turns at the tiles
+    kByKeys,     // both warpgroups have the same tokens and take turns at the tiles
     kFewTokens,  // the same, for sequences with few queries: there is little to do for each key, so
                  // more of them are on their way
-    kTokens,     // each warpgroup has its own tokens and takes every tile
+    kByTokens,   // each warpgroup has its own tokens and takes every tile
 };
 
 // What a block scores at a time. No division changes a bit: a lane owns the same heads in all.
@@ -52,7 +52,7 @@ struct IndexerShape {
     static constexpr int kDim = kDim_;
     static constexpr bool kPaged = kPaged_;
     static constexpr bool kFew = kDivision == Division::kFewTokens;
-    static constexpr int kTokenGroups = kDivision == Division::kTokens ? kWarpgroups : 1;
+    static constexpr int kTokenGroups = kDivision == Division::kByTokens ? kWarpgroups : 1;
     static constexpr int kRings = kWarpgroups / kTokenGroups;  // warpgroups that take turns
 
     static constexpr int kGroupTokens = kHeads > 16 ? 128 / kHeads : kFew ? 4 : 8;

@@ -49,10 +49,10 @@ void score_tokens(IndexerLogitsParams& p, const KeyMaps& maps, bool paged, int64
     const auto run = [&]<class Shape>() { launch<Shape>(p, maps, stream); };
     if (paged) {
         few ? with_indexer_shape<true, Division::kFewTokens>(heads, dim, run)
-            : with_indexer_shape<true, Division::kTokens>(heads, dim, run);
+            : with_indexer_shape<true, Division::kByTokens>(heads, dim, run);
     } else {
         few ? with_indexer_shape<false, Division::kFewTokens>(heads, dim, run)
-            : with_indexer_shape<false, Division::kTokens>(heads, dim, run);
+            : with_indexer_shape<false, Division::kByTokens>(heads, dim, run);
     }
 }
 

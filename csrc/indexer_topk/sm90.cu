@@ -44,7 +44,7 @@ int64_t tokens_with_room(const IndexerTopkParams& p) {
     return kWorkspaceBytes / (sizeof(float) * (int64_t{p.width} + 1));
 }
 
-// The shorter of two times in us, as an H200 takes them: a score and its share of a selection for
+// The shorter of two times in us, as an H200 takes them with 16 heads of 64: a score and its share of a selection for
 // each pair, or waves of blocks that walk the keys and select for their tokens.
 bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
     const int64_t block = heads <= 16 ? 8 : 128 / heads, wave = num_multiprocessors() * block;
@@ -96,7 +96,7 @@ Tensor select(IndexerTopkParams& p, const KeyMaps& maps, bool paged, const Tenso
     if (paged || in_two_steps(p, q.sizes()[1])) {
         score_then_select(p, maps, paged, q, stream);
     } else {
-        with_indexer_shape<false, Division::kKeys>(q.sizes()[1], q.sizes()[2], in_one_step);
+        with_indexer_shape<false, Division::kByKeys>(q.sizes()[1], q.sizes()[2], in_one_step);
     }
     return indices;
 }
