@@ -44,8 +44,8 @@ int64_t tokens_with_room(const IndexerTopkParams& p) {
     return kWorkspaceBytes / (sizeof(float) * (int64_t{p.width} + 1));
 }
 
-// The shorter of two times in us, as an H200 takes them with 16 heads of 64: a score and its share of a selection for
-// each pair, or waves of blocks that walk the keys and select for their tokens.
+// The shorter of two times in us, as an H200 takes them with 16 heads of 64: a score and its share
+// of a selection for each pair, or waves of blocks that walk the keys and select for their tokens.
 bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
     const int64_t block = heads <= 16 ? 8 : 128 / heads, wave = num_multiprocessors() * block;
     const double waves = static_cast<double>((p.tokens + wave - 1) / wave);
