@@ -55,9 +55,16 @@ def verify(result, inputs):
         assert torch.equal(keys, result[2].view(torch.uint8))
 
 
+def copy_of(size: float, device: torch.device):
+    """A copy that reads and writes as many bytes together: what a copy's rate is at this size, launch included."""
+    source = torch.zeros(int(size / 2), dtype=torch.uint8, device=device)
+    return lambda *inputs: source.clone()
+
+
 def case(tokens: int, cached: bool, device: torch.device, quick: bool) -> Case:
     read = 2 * (HEADS * DIM + HEADS + DIM) + 4 * DIM
     written = HEADS * DIM + 4 * HEADS + DIM + 4
+    size = float(tokens * (read + written + cached * (8 + DIM + 4)))
     return Case(
         name=f"{tokens} tokens, {HEADS} x {DIM}" + (", cached" if cached else ""),
         inputs=lambda: make_inputs(tokens, cached, device),
@@ -66,8 +73,9 @@ def case(tokens: int, cached: bool, device: torch.device, quick: bool) -> Case:
         peers={
             "eager": reference_cached if cached else reference,
             "torch.compile": compiled(cached),
+            "copy of as many bytes": copy_of(size, device),
         },
-        bytes=float(tokens * (read + written + cached * (8 + DIM + 4))),
+        bytes=size,
         quick=quick,
         context=tokens,
         series="cached" if cached else "packed",

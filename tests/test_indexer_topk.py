@@ -283,8 +283,53 @@ def test_cuda_graph_replay_with_other_inputs(rows):
     assert torch.equal(indices, select(args, 64, 40_000))
 
 
+def many_lengths(sequences, longest, heads, dim):
+    """Sequences most of which are short, some without queries or keys or with more of one than of the other."""
+    queries = torch.randint(0, longest // 8, (sequences,))
+    queries[torch.randint(0, sequences, (sequences // 4,))] = longest
+    keys = (queries + torch.randint(-longest // 2, longest // 2, (sequences,)) // 2).clamp(
+        0, longest
+    )
+    keys[0], queries[0], queries[1], keys[2] = longest, longest, 0, 0
+    cu_q, cu_k = ([0, *lengths.cumsum(0).tolist()] for lengths in (queries, keys))
+    return packed(cu_q, cu_k, heads, dim, "cuda"), visible(cu_q, keys.tolist(), cu_q[-1], longest)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens, length", [(5000, 8192), (300, 131_072), (70, 262_144)])
+@pytest.mark.parametrize(
+    "sequences, longest, heads, dim, topk",
+    [(16, 9000, 16, 64, 2048), (120, 4000, 4, 128, 512), (40, 5000, 32, 64, 37), (24, 6000, 64, 128, 4096)],
+)  # fmt: skip
+def test_sequences_of_many_lengths(sequences, longest, heads, dim, topk):
+    """Many more tokens than a matrix as wide as the longest sequence has room for: CUDA scores them in chunks."""
+    args, seen = many_lengths(sequences, longest, heads, dim)
+    with dsa_kernels.use("cuda"):
+        indices = select(args, topk, longest)
+        logits = dsa_kernels.indexer_logits(*args, max_seqlen_k=longest)
+    for rows in torch.arange(len(seen)).split(4096):
+        assert_selects_own_scores(indices[rows], logits[rows], topk, seen[rows])
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replay_with_other_chunks():
+    """The same tokens, first as sequences of many lengths, then as a few long ones."""
+    args, _ = many_lengths(24, 8000, 16, 64)
+    select(args, 300, 8000)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        indices = select(args, 300, 8000)
+    graph.replay()
+    assert torch.equal(indices, select(args, 300, 8000))
+    for cu, all_ in ((args[4], len(args[0])), (args[5], len(args[2]))):
+        cu.copy_((torch.arange(25, device="cuda") * 8000).clamp(max=all_))
+    graph.replay()
+    assert torch.equal(indices, select(args, 300, 8000))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "tokens, length", [(5000, 8192), (20_000, 9000), (300, 131_072), (70, 262_144)]
+)
 def test_workspace_is_bounded(tokens, length):
     args = packed([0, tokens], [0, length], 4, 64, "cuda")
     select(args, 16, length)

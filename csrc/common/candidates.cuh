@@ -68,18 +68,26 @@ struct ThreadGroup {
 constexpr int kLogBins = 10;
 constexpr int kBins = 1 << kLogBins;
 
-// Equal bins from `base` on, for any score: what lies outside counts in the first and the last.
+// Equal bins over a range, for any score: what lies outside counts in the first and the last, NaN
+// in the first. The distance from `low`, held to [0, 1], becomes the last bits of a sum; so a bin
+// never falls as the score rises.
 struct EqualBins {
-    float base;
+    static constexpr uint32_t kFirst = 0x4b000000;  // 2^23, a float whose last bit counts ones
+    float low;
     float width;
-    float per_score;
+    float scale;
 
-    __device__ EqualBins(float low, float high)
-        : base(low), width((high - low) / kBins), per_score(1.0f / width) {}
-    __device__ int bin(float score) const {
-        return min(__float2uint_rd((score - base) * per_score), kBins - 1u);  // below, NaN: 0
+    __device__ EqualBins(float low_, float high)
+        : low(low_), width((high - low_) / (kBins - 1)), scale(1.0f / (high - low_)) {}
+    // kFirst for the first bin.
+    __device__ uint32_t number(float score) const {
+        const float place = __saturatef((score - low) * scale);
+        return __float_as_uint(fmaf(place, kBins - 1, __uint_as_float(kFirst)));
     }
-    __device__ float edge(int bin) const { return base + bin * width; }
+    __device__ int bin(float score) const { return number(score) - kFirst; }
+    // No score of a bin lies below, and none above; a few of its neighbours lie between.
+    __device__ float lower(int bin) const { return low + (bin - 0.5625f) * width; }
+    __device__ float upper(int bin) const { return low + (bin + 0.5625f) * width; }
 };
 
 // The smallest and the largest of some scores that are finite. low > high if there are none.

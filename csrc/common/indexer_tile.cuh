@@ -52,6 +52,7 @@ struct IndexerShape {
     static constexpr int kDim = kDim_;
     static constexpr bool kPaged = kPaged_;
     static constexpr bool kFew = kDivision == Division::kFewTokens;
+    static constexpr bool kInChunks = !kPaged && kDivision == Division::kByTokens;
     static constexpr int kTokenGroups = kDivision == Division::kByTokens ? kWarpgroups : 1;
     static constexpr int kRings = kWarpgroups / kTokenGroups;  // warpgroups that take turns
 
@@ -301,11 +302,12 @@ struct KeyLoader {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // a page outside the cache is all zeros
             if (half == halves) break;
-            tma_load(maps.keys, full, keys + half * Shape::kHalfBytes, 0, 0, pages[half]);
+            tma_load(maps.keys, full, keys + half * Shape::kHalfBytes, 0, 0, pages[half],
+                     Shape::kFew);
             if (exists[half])
                 bulk_load(scales + half * kKeys,
                           p.key_scale + (pages[half] + int64_t{1}) * kPageFloats - kKeys,
-                          kScaleBytes, full);
+                          kScaleBytes, full, Shape::kFew);
         }
     }
 };

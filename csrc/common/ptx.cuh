@@ -132,15 +132,37 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// How long L2 keeps what is loaded, as 9.7.9.16 createpolicy words it. What is read once goes
+// first, before what others left there: nothing dirty has to be written back to make room for it.
+constexpr uint64_t kReadOnce = 0x12f0000000000000;  // evict_first
+
+// 9.7.9.8 ld: 16 bytes that nobody writes.
+__device__ __forceinline__ uint4 global_load(const uint4* source, uint64_t policy) {
+    uint4 value;
+    asm volatile("ld.global.nc.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(source), "l"(policy));
+    return value;
+}
+
 // 9.7.9.25 cp.async.bulk: `bytes`, a multiple of 16, between addresses on 16 bytes, into shared
 // memory.
 __device__ __forceinline__ void bulk_load(void* target, const void* source, uint32_t bytes,
-                                          uint64_t* barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(shared_address(target)),
-        "l"(source), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
+                                          uint64_t* barrier, bool read_once) {
+    if (read_once) {
+        asm volatile(
+            "{ .reg .b64 policy; mov.b64 policy, %4; "
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+            "[%0], [%1], %2, [%3], policy; }" ::"r"(shared_address(target)),
+            "l"(source), "r"(bytes), "r"(shared_address(barrier)), "n"(kReadOnce)
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+            "[%0], [%1], %2, [%3];" ::"r"(shared_address(target)),
+            "l"(source), "r"(bytes), "r"(shared_address(barrier))
+            : "memory");
+    }
 }
 
 // 9.7.9.27 cp.async.bulk.tensor: the box of a tensor map at x, (x, y) or (x, y, z), into shared
@@ -164,12 +186,22 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barri
 }
 
 __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barrier, void* target,
-                                         int x, int y, int z) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(target)),
-        "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
-        : "memory");
+                                         int x, int y, int z, bool read_once) {
+    if (read_once) {
+        asm volatile(
+            "{ .reg .b64 policy; mov.b64 policy, %6; "
+            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+            ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], policy; }" ::"r"(
+                shared_address(target)),
+            "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "n"(kReadOnce)
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+            "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(target)),
+            "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+            : "memory");
+    }
 }
 
 // 9.7.13.14 red: adds to a word at an address in shared memory where `active`, without a branch.

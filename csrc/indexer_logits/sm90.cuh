@@ -5,6 +5,8 @@
 // keys that its tokens see. Every block of threads counts them all and takes an equal share,
 // wherever it begins: sequences of any length, long next to short, leave no SM idle. A run counts
 // as three rounds more, for the loading of its queries, which nothing hides. It changes no bit.
+// What is counted also says where a block of tokens has its rows, if these are to follow each other
+// without gaps (chunks.cuh).
 //
 // Scorers and loaders find their tokens for themselves and meet only at the tiles' mbarriers: the
 // first keys of a block of tokens come while the last ones of another are scored. Scores go from
@@ -21,15 +23,24 @@
 
 namespace dsa {
 
-constexpr int kMostTokenBlocks = 1024;  // of a launch
+constexpr int kMostTokenBlocks = 2048;  // of a launch
 constexpr int kIndexerWarps = kIndexerThreads / 32;
 constexpr int kStartRounds = 3;  // what the start of a run costs
+
+// How much there is to do for some blocks of tokens, in the order of these.
+template <int kMostBlocks>
+struct RoundCounts {
+    int up_to[kMostBlocks];  // this block included
+    int of_warp[kIndexerWarps];
+
+    __device__ int before(int block) const { return block == 0 ? 0 : up_to[block - 1]; }
+};
 
 template <class Shape>
 struct alignas(1024) LogitsStorage {
     ScoreStorage<Shape> score;
-    int rounds_up_to[kMostTokenBlocks];  // this block of tokens included
-    int rounds_of_warp[kIndexerWarps];
+    RoundCounts<kMostTokenBlocks> rounds;
+    IndexerLogitsParams params;
     int begin, end;  // of this block's share
 };
 
@@ -39,20 +50,23 @@ __device__ __forceinline__ int rounds_of(int keys) {
     return (keys + Shape::kRoundKeys - 1) / Shape::kRoundKeys;
 }
 
-// Counts the rounds of all blocks of tokens and takes a share, by all threads. A lane reads a
-// sequence; if it is long, the lanes of the warp share its blocks of tokens.
-template <class Shape>
-__device__ void count_rounds(const IndexerLogitsParams& p, LogitsStorage<Shape>& s) {
+// Counts the rounds of the blocks of tokens from p.first_token on, and `block_rounds` more for each
+// block, by all threads; returns all. A lane reads a sequence; if it is long, the lanes of the warp
+// share its blocks of tokens.
+template <class Shape, int kMostBlocks>
+__device__ int count_rounds(const IndexerScoreParams& p, int token_blocks, int unscored,
+                            int block_rounds, RoundCounts<kMostBlocks>& rounds) {
     constexpr int kFewBlocks = 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const auto add = [&](const Sequence& sequence, int block) {
         const int next = p.first_token + (block + 1) * Shape::kTokens;
         const int last = min(min(next, p.tokens), sequence.end) - 1;
         const int keys = sequence.visible(last, p.width);  // the most
-        shared_add(shared_address(s.rounds_up_to + block), kStartRounds + rounds_of<Shape>(keys),
-                   keys > p.unscored);
+        shared_add(shared_address(rounds.up_to + block), kStartRounds + rounds_of<Shape>(keys),
+                   keys > unscored);
     };
-    for (int i = threadIdx.x; i < p.token_blocks; i += kIndexerThreads) s.rounds_up_to[i] = 0;
+    for (int i = threadIdx.x; i < token_blocks; i += kIndexerThreads)
+        rounds.up_to[i] = block_rounds;
     __syncthreads();
     const int first = p.first_token == 0 ? 0 : sequence_of(p, p.first_token);
     for (int number = first + threadIdx.x; __any_sync(~0u, number < p.num_sequences);
@@ -75,27 +89,30 @@ __device__ void count_rounds(const IndexerLogitsParams& p, LogitsStorage<Shape>&
         if (__any_sync(~0u, own.begin >= p.tokens)) break;
     }
     __syncthreads();
-    const int each = (p.token_blocks + kIndexerThreads - 1) / kIndexerThreads;
-    const int begin = min(threadIdx.x * each, p.token_blocks),
-              end = min(begin + each, p.token_blocks);
+    const int each = (token_blocks + kIndexerThreads - 1) / kIndexerThreads;
+    const int begin = min(static_cast<int>(threadIdx.x) * each, token_blocks),
+              end = min(begin + each, token_blocks);
     int sum = 0;
-    for (int i = begin; i < end; ++i) sum += s.rounds_up_to[i];
+    for (int i = begin; i < end; ++i) sum += rounds.up_to[i];
     const int inclusive = sum_up_to(sum);
-    if (lane == 31) s.rounds_of_warp[warp] = inclusive;
+    if (lane == 31) rounds.of_warp[warp] = inclusive;
     __syncthreads();
-    int before = __reduce_add_sync(~0u, lane < warp ? s.rounds_of_warp[lane] : 0) + inclusive - sum;
-    for (int i = begin; i < end; ++i) s.rounds_up_to[i] = before += s.rounds_up_to[i];
-    if (threadIdx.x == kIndexerThreads - 1) {
-        const int64_t total = before;
+    const int of_warp = lane < kIndexerWarps ? rounds.of_warp[lane] : 0;
+    int before = __reduce_add_sync(~0u, lane < warp ? of_warp : 0) + inclusive - sum;
+    for (int i = begin; i < end; ++i) rounds.up_to[i] = before += rounds.up_to[i];
+    __syncthreads();
+    return __reduce_add_sync(~0u, of_warp);
+}
+
+// An equal share of the rounds.
+template <class Shape>
+__device__ void take_share(const IndexerLogitsParams& p, LogitsStorage<Shape>& s) {
+    const int64_t total = count_rounds<Shape>(p, p.token_blocks, p.unscored, 0, s.rounds);
+    if (threadIdx.x == 0) {
         s.begin = static_cast<int>(total * blockIdx.x / gridDim.x);
         s.end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
     }
     __syncthreads();
-}
-
-template <class Shape>
-__device__ __forceinline__ int rounds_before(const LogitsStorage<Shape>& s, int token_block) {
-    return token_block == 0 ? 0 : s.rounds_up_to[token_block - 1];
 }
 
 // The block of tokens that holds the first round of the share.
@@ -104,7 +121,7 @@ __device__ int first_token_block(const LogitsStorage<Shape>& s, int token_blocks
     int low = 0;
     for (int high = token_blocks; low < high;) {
         const int middle = (low + high) / 2;
-        if (s.rounds_up_to[middle] <= s.begin) {
+        if (s.rounds.up_to[middle] <= s.begin) {
             low = middle + 1;
         } else {
             high = middle;
@@ -135,49 +152,98 @@ __device__ __forceinline__ void fill_unseen(float* out, int64_t count) {
     if (const int64_t i = head + 4 * vectors + lane; i < count) out[i] = -INFINITY;
 }
 
-// How many keys each token sees, or -inf for those that it does not; a warp a token, by `warps`
-// warps of each block.
+// Where a block of tokens has its rows.
+struct RowsOfBlock {
+    int64_t first;
+    int64_t stride;
+};
+
 template <class Shape>
-__device__ void tell_visible(const IndexerLogitsParams& p, int warp, int warps) {
-    for (int token = p.first_token + blockIdx.x * warps + warp; token < p.tokens;
-         token += gridDim.x * warps) {
-        const Sequence sequence = sequence_at<Shape::kPaged>(p, sequence_of(p, token));
-        const int visible = sequence.visible(token, p.width);
-        const int row = token - p.first_token, lane = threadIdx.x % 32;
-        if (p.visible != nullptr) {
-            if (lane == 0) p.visible[row] = visible;
-        } else {
-            fill_unseen(p.out + row * p.out_stride + visible, p.width - visible);
+__device__ __forceinline__ RowsOfBlock rows_of(const IndexerLogitsParams& p,
+                                               const LogitsStorage<Shape>& s, int block) {
+    if (!Shape::kInChunks || p.chunk == nullptr)
+        return {block * Shape::kTokens * p.out_stride, p.out_stride};
+    const int before = s.rounds.before(block);
+    return {int64_t{before} * Shape::kTokens * Shape::kRoundKeys,
+            int64_t{s.rounds.up_to[block] - before} * Shape::kRoundKeys};
+}
+
+// How many keys each token sees and where its row starts, a lane a token; or -inf for the keys that
+// it does not see, a warp a token. By `warps` warps of each block.
+template <class Shape>
+__device__ void tell_visible(const IndexerLogitsParams& p, const LogitsStorage<Shape>& s, int warp,
+                             int warps) {
+    const int lane = threadIdx.x % 32, rows = p.tokens - p.first_token;
+    const auto visible = [&](int row) {
+        const int token = p.first_token + row;
+        return sequence_at<Shape::kPaged>(p, sequence_of(p, token)).visible(token, p.width);
+    };
+    const auto start = [&](int row) {
+        const RowsOfBlock place = rows_of(p, s, row / Shape::kTokens);
+        return place.first + row % Shape::kTokens * place.stride;
+    };
+    int row = blockIdx.x * warps + warp, step = gridDim.x * warps;
+    if (p.visible == nullptr) {
+        for (; row < rows; row += step) {
+            const int seen = visible(row);
+            fill_unseen(p.out + start(row) + seen, p.width - seen);
+        }
+    } else {
+        for (row = row * 32 + lane; row < rows; row += step * 32) {
+            p.visible[row] = visible(row);
+            if (p.starts != nullptr) p.starts[row] = static_cast<int32_t>(start(row));
         }
     }
 }
 
+// What is asked of this launch: of a chunk, which tokens is written in memory. From shared memory
+// then, as nothing that is seldom needed should keep registers.
+template <class Shape>
+__device__ __forceinline__ const IndexerLogitsParams& own_params(
+    const IndexerLogitsParams& launched, LogitsStorage<Shape>& s) {
+    if constexpr (!Shape::kInChunks) return launched;
+    if (threadIdx.x == 0) {
+        s.params = launched;
+        if (launched.chunk != nullptr) {
+            const int first = launched.chunk[0], end = launched.chunk[1];
+            s.params.first_token = first, s.params.tokens = end;
+            s.params.token_blocks = (end - first + Shape::kTokens - 1) / Shape::kTokens;
+        }
+    }
+    __syncthreads();
+    return s.params;
+}
+
 template <class Shape>
 __global__ void __launch_bounds__(kIndexerThreads, 1)
-    indexer_logits_kernel(const __grid_constant__ KeyMaps maps, const IndexerLogitsParams p) {
+    indexer_logits_kernel(const __grid_constant__ KeyMaps maps,
+                          const __grid_constant__ IndexerLogitsParams launched) {
     auto& s = aligned_storage<LogitsStorage<Shape>>();
     init_storage(s.score);
     wait_for_kernels_before();
-    count_rounds(p, s);
+    const IndexerLogitsParams& p = own_params(launched, s);
+    if (p.token_blocks == 0) return;  // an empty chunk
+    take_share(p, s);
 
-    // Calls work(run, tiles, first_token) for all runs of the share, by whole warps, each at its
-    // own pace; start(first_token) before the first one of each block of tokens.
+    // Calls work(run, tiles, block) for all runs of the share, by whole warps, each at its own
+    // pace; start(block) before the first one of each block of tokens.
     LaneToken own;
     const auto for_each_run = [&](const auto& start, const auto& work) {
         for (int block = first_token_block(s, p.token_blocks);
-             block < p.token_blocks && rounds_before(s, block) < s.end; ++block) {
+             block < p.token_blocks && s.rounds.before(block) < s.end; ++block) {
+            if (s.rounds.up_to[block] == s.rounds.before(block)) continue;
             const int first_token = p.first_token + block * Shape::kTokens;
             own.find<Shape>(p, first_token);
             uint32_t scored = __ballot_sync(~0u, own.visible > p.unscored);
             if (scored == 0) continue;
-            start(first_token);
-            for (int first = rounds_before(s, block); scored != 0;) {
+            start(block);
+            for (int first = s.rounds.before(block); scored != 0;) {
                 const TokenRun run(own, scored);
                 scored &= ~run.tokens;
                 first += kStartRounds;
                 const TileRange tiles = tiles_of_share(s, run, first);
                 first += rounds_of<Shape>(run.keys);
-                if (tiles.first < tiles.last) work(run, tiles, first_token);
+                if (tiles.first < tiles.last) work(run, tiles, block);
             }
         }
     };
@@ -185,7 +251,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
         give_registers_back<kLoaderRegisters>();
         const int warp = threadIdx.x / 32 - kScoreThreads / 32;
         if (warp >= Shape::kRings)
-            return tell_visible<Shape>(p, warp - Shape::kRings, 4 - Shape::kRings);
+            return tell_visible<Shape>(p, s, warp - Shape::kRings, 4 - Shape::kRings);
         KeyLoader<Shape> loader;
         for_each_run([](int) {}, [&](const TokenRun& run, TileRange tiles,
                                      int) { loader.load(p, maps, s.score, run, tiles); });
@@ -193,18 +259,20 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
         take_registers<kScorerRegisters>();
         Scorer<Shape> scorer;
         const auto meet = [] { named_barrier_sync(kSyncScorers, kScoreThreads); };
-        const auto start = [&](int first_token) {
+        const auto start = [&](int block) {
+            const int first_token = p.first_token + block * Shape::kTokens;
             scorer.load_weights(p, first_token);
             meet();  // the last queries are done with
             load_queries(p, s.score, first_token);
             meet();
         };
-        for_each_run(start, [&](const TokenRun& run, TileRange tiles, int first_token) {
+        for_each_run(start, [&](const TokenRun& run, TileRange tiles, int block) {
             constexpr uint32_t kAll = (1u << Shape::kGroupTokens) - 1;
             if ((run.tokens >> scorer.token_base() & kAll) == 0) return scorer.skip(s.score, tiles);
             scorer.begin(maps, run);
             int seen[Shape::kLaneTokens];
             float* row[Shape::kLaneTokens];
+            const RowsOfBlock rows = rows_of(p, s, block);
 #pragma unroll
             for (int a = 0; a < Shape::kLaneTokens; ++a) {
                 const int token = scorer.token(a);
@@ -212,7 +280,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                     run.tokens >> token & 1 && scorer.quad % Shape::kLanesPerToken == 0;
                 const int visible = __shfl_sync(~0u, own.visible, token);
                 seen[a] = mine ? visible : 0;
-                row[a] = p.out + (first_token - p.first_token + token) * p.out_stride;
+                row[a] = p.out + rows.first + token * rows.stride;
                 keep_address(row[a]);
             }
             constexpr int kAtOnce = Shape::kFew ? 1 : kTilesAtOnce;

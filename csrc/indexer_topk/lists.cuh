@@ -171,7 +171,7 @@ __device__ void guess_bound(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
         [&](float score, bool there) { shared_add(histogram + bins.bin(score) * 4, 1, there); });
     __syncwarp();
     const int bin = find_bin(this_warp(), scratch, rank).value;
-    if (lane == 0 && bin > 0) s.bound[t] = bins.edge(bin);
+    if (lane == 0 && bin > 0) s.bound[t] = bins.lower(bin);
     if (lane == 0) s.high[t] = range.high;
 }
 

@@ -1,60 +1,75 @@
-// topk_select of a row that fits into the shared memory of one block, up to 32768 columns.
+// topk_select of a row of up to 32768 columns by one block, which holds two bits a column.
 //
-// A thread owns 32 neighbouring columns and describes them by a word, a bit each. While TMA brings
-// the row, a sample of an eighth of it, read from memory, says between which two scores the topk-th
-// will lie. One walk over the row then knows the columns above this bracket, which belong, and
-// those inside, of which a few hundred are left; 1024 equal bins over the bracket leave one bin,
-// which mostly holds one column. Nothing is moved until the end, when every thread writes the
-// positions of its bits, in order, over the row it no longer needs.
+// Three walks over the row, of which L2 and L1 serve all but the first: every thirty-second score
+// or so, for their range; all of them, counted in 1024 equal bins over that range, which says
+// between which two scores the topk-th lies; and once more, for two bits a column: whether its
+// score lies above this bracket, so that it belongs, and whether it lies above the bracket's lower
+// end. Some tens of columns lie inside, and are compared with each other. At the end every thread
+// writes the positions of its bits, in order: no sort.
 //
-// No guess has to be right: the columns above the bracket and inside are counted, and if the
-// topk-th is not among those inside, or equal scores fill a bin, the radix select of
-// common/candidates.cuh looks at what is left open, be it the whole row.
+// No bracket has to be good. If too many columns lie inside, they may mostly be equal: one of them
+// is tried as the topk-th. If it is not, their range is the next one to be counted. If that does
+// not help either, or infinities or NaN are in the way, the radix select of common/candidates.cuh
+// finds the topk-th.
 //
-// Shared memory is read in vectors of 16 bytes. Those of a thread follow each other, so that eight
-// threads would read the same four banks; each begins at another one of its vectors and rotates the
-// word afterwards. Measured on an H200: 72 us for 4096 rows of 8192, six blocks an SM, of which
-// reading is 40; 267 us for 4096 of 32768, one block an SM, of which reading is 134.
+// A walk takes 16 times 32 columns a warp: 16 loads on their way, and for 32 columns 6 instructions
+// to count them, or 5.5 for their bits: two comparisons, two votes and a share of two stores.
 #pragma once
 
 #include <cuda_bf16.h>
 
+#include <algorithm>
+
 #include "common/candidates.cuh"
+#include "topk_select/launch.h"
 #include "topk_select/row.cuh"
 
 namespace dsa {
 
-constexpr int kWordColumns = 32;  // of a thread
-constexpr int kMostBracketThreads = 1024;
-constexpr int kFewestBracketed = 1024;  // columns of a row
+constexpr int kWordColumns = 32;
+constexpr int kTileWords = 16;  // of a warp at a time
+constexpr int kTileColumns = kTileWords * kWordColumns;
+constexpr int kMostInside = 128;           // columns that are compared with each other
+constexpr int kMostBrackets = 3;           // before the radix select
+constexpr int kBracketThreadsOfSm = 1280;  // 48 registers each
 
 struct BracketStorage {
     SelectScratch scratch;
-    Cut found[2];
-    ScoreRange range[32];  // of each warp's sample
-    uint32_t above;        // columns above the bracket,
-    uint32_t inside;       // and inside
-    uint64_t full;
-    alignas(16) uint8_t row[];  // in the end its members
+    ScoreRange range[16];  // of each warp
+    int bin;
+    int above;         // columns above the bracket
+    int inside;        // and inside:
+    int first_inside;  // the first of them,
+    alignas(16) Candidate candidates[kMostInside];
+    alignas(16) uint32_t dynamic[];  // two bits a column, positions of the members
 };
 
-// The columns of a thread that are still open.
+// The shared memory for rows of `width` columns; words of a bit a column.
+inline int bracket_words(int width) {
+    return (width + kTileColumns - 1) / kTileColumns * kTileWords;
+}
+inline int bracket_bytes(int width, int topk) {
+    return sizeof(BracketStorage) + sizeof(uint32_t) * (2 * bracket_words(width) + topk);
+}
+
+// A row as a list for the radix select, of which it needs the keys.
 template <typename T>
-struct OpenColumns {
-    uint32_t word;
-    const T* scores;  // of its 32 columns
+struct RowScores {
+    const T* scores;
+    int count;
 };
 
-// Each lane its own columns; those that do not exist have the key 0.
 template <class Group, typename T, class F>
-__device__ __forceinline__ void for_each(const Group&, const OpenColumns<T>& open, const F& f) {
-    uint32_t word = open.word;
+__device__ __forceinline__ void for_each(const Group& group, const RowScores<T>& row, const F& f) {
 #pragma unroll 1
-    while (__any_sync(~0u, word != 0)) {
+    for (int base = group.thread; __any_sync(~0u, base < row.count);
+         base += Group::kThreads * kLaneCandidates) {
         uint32_t keys[kLaneCandidates];
 #pragma unroll
-        for (int u = 0; u < kLaneCandidates; ++u, word &= word - 1)
-            keys[u] = word != 0 ? order_key(static_cast<float>(open.scores[__ffs(word) - 1])) : 0;
+        for (int u = 0; u < kLaneCandidates; ++u) {
+            const int i = base + u * Group::kThreads;
+            keys[u] = i < row.count ? order_key(static_cast<float>(row.scores[i])) : 0;
+        }
         constexpr Candidate kUnused[kLaneCandidates] = {};
         f(keys, kUnused);
     }
@@ -62,214 +77,308 @@ __device__ __forceinline__ void for_each(const Group&, const OpenColumns<T>& ope
 
 template <typename T, int kThreads>
 struct BracketSelect {
-    static constexpr int kVector = 16 / sizeof(T);
-    static constexpr int kVectors = kWordColumns / kVector;  // of a thread
     using Group = ThreadGroup<kThreads>;
-    union Vector {
-        uint4 raw;
-        T value[kVector];
-    };
-    // Where the topk-th score lies: above `low`, up to `high`; and bins for those inside.
+    using Tile = float[kTileWords];
+    // Where the topk-th score lies: from `low` to `high`.
     struct Bracket {
         float low, high;
-        EqualBins inside;
+
+        __device__ bool is_above(float score) const { return score > high; }  // not a NaN
+        __device__ bool passes(float score) const { return score >= low; }
     };
 
-    const Row<T>& row;
+    const T* const scores;
+    const int length;
     const int topk;
     BracketStorage& s;
+    uint32_t* const above;    // a bit a column: above the bracket; in the end: belongs
+    uint32_t* const passing;  // a bit a column: above the bracket's lower end
+    int32_t* const chosen;
     const Group group{static_cast<int>(threadIdx.x), 0};
-    const int first = kWordColumns * threadIdx.x;
-    const T* own = reinterpret_cast<const T*>(s.row) + first;
-    uint32_t members = 0;  // a bit for each of the own columns
-    uint32_t open = bits_below(row.end - first) & ~bits_below(row.begin - first);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be the same for all lanes
 
-    static __device__ uint32_t bits_below(int n) {
-        return n <= 0 ? 0 : ~0u >> (kWordColumns - min(n, kWordColumns));
-    }
+    __device__ BracketSelect(const TopkSelectParams& p, const Row<T>& row, BracketStorage& storage)
+        : scores(row.scores + row.begin),
+          length(row.length()),
+          topk(p.topk),
+          s(storage),
+          above(s.dynamic),
+          passing(above + p.words),
+          chosen(reinterpret_cast<int32_t*>(passing + p.words)) {}
 
-    // Whole vectors: the first and the last hold at least one column of the row.
-    __device__ void start_loading() {
-        if (threadIdx.x == 0) {
-            const uint32_t bytes = (row.end + kVector - 1) / kVector * 16;
-            mbarrier_init(&s.full, 1);
-            fence_mbarrier_init();
-            mbarrier_arrive_expect(&s.full, bytes);
-            s.above = s.inside = 0;
-            bulk_load(s.row, row.scores, bytes, &s.full);
+    // The words that a thread looks after, neighbours; if many, an odd number of them, as the
+    // threads of a warp read theirs at the same time.
+    struct OwnWords {
+        int begin, end;
+
+        __device__ explicit OwnWords(int columns) {
+            const int words = (columns + kWordColumns - 1) / kWordColumns;
+            int each = (words + kThreads - 1) / kThreads;
+            if (each > 3) each |= 1;
+            begin = min(each * static_cast<int>(threadIdx.x), words);
+            end = min(begin + each, words);
         }
-    }
+    };
 
-    // The bins, counted from the top, that hold the `first`-th and the `second`-th value; a warp
-    // looks for each, while the others wait. There are that many, and at least one.
-    __device__ void find_bins(int first, int second) {
-        group.sync();
-        if (group.warp() < 2) {
-            const ThreadGroup<32> warp{group.lane(), 0};
-            const Cut cut = find_bin(warp, s.scratch, group.warp() == 0 ? first : second);
-            if (group.lane() == 0) s.found[group.warp()] = cut;
-        }
-        group.sync();
-    }
-
-    __device__ void count(int bin) { shared_add(shared_address(s.scratch.histogram) + bin * 4, 1); }
-
-    // From every eighth vector or so. Four standard deviations of the sample on either side.
-    __device__ Bracket guess() {
-        const int first_vector = (row.begin + kVector - 1) / kVector;
-        const int vectors = row.length() / (8 * kVector);  // at most one a thread
-        const int step = (row.end / kVector - first_vector) / vectors;
-        const bool sampled = threadIdx.x < vectors;
-        Vector sample{};
-        if (sampled)
-            sample.raw = __ldg(reinterpret_cast<const uint4*>(row.scores) + first_vector +
-                               threadIdx.x * step);
-        ScoreRange range;
+    // Calls f(tile, score, columns) for all tiles, each warp its own; what is behind the last
+    // column is NaN.
+    template <class F>
+    __device__ void for_each_tile(const F& f) {
+        const int whole = length / kTileColumns, rest = length % kTileColumns;
+        const T* own = scores + group.lane();
+        Tile score;
+        int tile = warp;
+#pragma unroll 1
+        for (; tile < whole; tile += Group::kWarps) {
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) range.add(static_cast<float>(sample.value[v]), sampled);
+            for (int j = 0; j < kTileWords; ++j)
+                score[j] = static_cast<float>(own[tile * kTileColumns + j * kWordColumns]);
+            f(tile, score, kTileColumns);
+        }
+        if (tile == whole && rest > 0) {
+#pragma unroll
+            for (int j = 0; j < kTileWords; ++j)
+                score[j] = j * kWordColumns + group.lane() < rest
+                               ? static_cast<float>(own[tile * kTileColumns + j * kWordColumns])
+                               : NAN;
+            f(tile, score, rest);
+        }
+        group.sync();
+    }
+
+    // The range of some scores, one a thread.
+    __device__ ScoreRange find_range() {
+        const int step = max(length / kThreads, 1), column = group.thread * step;
+        ScoreRange range;
+        range.add(column < length ? static_cast<float>(scores[column]) : NAN, true);
+        return of_all(range);
+    }
+
+    // The range of all threads' ranges.
+    __device__ ScoreRange of_all(ScoreRange range) {
         range.add_lanes();
-        if (group.lane() == 0) s.range[group.warp()] = range;
+        if (group.lane() == 0) s.range[warp] = range;
         group.sync();
         range = s.range[group.lane() % Group::kWarps];
         range.add_lanes();
+        return range;
+    }
+
+    __device__ Bracket find_bracket(const ScoreRange& range) {
         const EqualBins bins(range.low, range.high);
-        if (sampled) {
+        const uint32_t histogram = shared_address(s.scratch.histogram) - 4 * EqualBins::kFirst;
+        clear_histogram(group, s.scratch);
+        for_each_tile([&](int, const Tile& score, int columns) {
 #pragma unroll
-            for (int v = 0; v < kVector; ++v) count(bins.bin(static_cast<float>(sample.value[v])));
+            for (int j = 0; j < kTileWords; ++j)
+                shared_add(histogram + bins.number(score[j]) * 4, 1,
+                           j * kWordColumns + group.lane() < columns);
+        });
+        if (warp == 0) {
+            const ThreadGroup<32> lanes{group.lane(), 0};
+            const int bin = find_bin(lanes, s.scratch, topk).value;
+            if (group.lane() == 0) s.bin = bin, s.above = s.inside = 0, s.first_inside = length;
         }
-        const float share = static_cast<float>(topk) / row.length();
-        const int sample_size = vectors * kVector;
-        const float expected = sample_size * share;
-        const float margin = 4.0f * sqrtf(expected * (1.0f - share)) + 1.0f;
-        const int below = static_cast<int>(expected + margin);
-        const int above = static_cast<int>(expected - margin);
-        find_bins(min(below, sample_size), max(above, 1));
-        const int low_bin = s.found[0].value, high_bin = s.found[1].value;
-        Bracket bracket{-INFINITY, INFINITY, bins};
-        if (below < sample_size && low_bin > 0) bracket.low = range.low = bins.edge(low_bin);
-        if (above > 0 && high_bin < kBins - 1) bracket.high = range.high = bins.edge(high_bin + 1);
-        bracket.inside = EqualBins(range.low, range.high);
-        return bracket;
+        group.sync();
+        const int bin = s.bin;
+        return {bin == 0 ? -INFINITY : bins.lower(bin),
+                bin == kBins - 1 ? INFINITY : bins.upper(bin)};
     }
 
-    // Which scores beat a bound is a sign each, without a comparison: none of a NaN, none of 0.
-    static __device__ uint32_t shift_in_sign(uint32_t word, float difference) {
-        return __funnelshift_l(__float_as_uint(difference), word, 1);
-    }
-
-    // Which of the open columns are members for sure; `wanted` of the `count` that stay open
-    // belong.
-    __device__ Cut apply(const Bracket& bracket) {
-        uint32_t above = 0, inside = 0;
-        if (open != 0) {
-            const uint32_t turn = threadIdx.x * 4 / kVector % kVectors;  // 8 threads, all banks
+    // The bits of all columns.
+    __device__ void walk(const Bracket& bracket) {
+        for_each_tile([&](int tile, const Tile& score, int) {
 #pragma unroll
-            for (int j = kVectors - 1; j >= 0; --j) {
-                Vector vector;
-                vector.raw = reinterpret_cast<const uint4*>(own)[(j + turn) % kVectors];
-#pragma unroll
-                for (int v = kVector - 1; v >= 0; --v) {
-                    const float score = static_cast<float>(vector.value[v]);
-                    above = shift_in_sign(above, bracket.high - score);
-                    inside = shift_in_sign(inside, bracket.low - score);
+            for (int j = 0; j < kTileWords; j += 4) {
+                const auto four_words = [&](const auto& holds) -> uint4 {
+                    const auto word = [&](int i) { return __ballot_sync(~0u, holds(score[i])); };
+                    return {word(j), word(j + 1), word(j + 2), word(j + 3)};
+                };
+                const int at = tile * kTileWords + j;
+                const uint4 is_above = four_words([&](float x) { return bracket.is_above(x); });
+                const uint4 passes = four_words([&](float x) { return bracket.passes(x); });
+                if (group.lane() == 0) {
+                    *reinterpret_cast<uint4*>(above + at) = is_above;
+                    *reinterpret_cast<uint4*>(passing + at) = passes;
                 }
             }
-            above = __funnelshift_l(above, above, turn * kVector) & open;
-            inside = __funnelshift_l(inside, inside, turn * kVector) & open & ~above;
-        }
-        const uint32_t warp_above = __reduce_add_sync(~0u, __popc(above));
-        const uint32_t warp_inside = __reduce_add_sync(~0u, __popc(inside));
-        if (group.lane() == 0) {
-            shared_add(shared_address(&s.above), warp_above);
-            shared_add(shared_address(&s.inside), warp_inside);
-        }
-        group.sync();
-        const int all_above = s.above, all_inside = s.inside;
-        if (topk <= all_above || all_above + all_inside < topk) return whole_row();
-        for_each_column(inside, [&](int, float score) { count(bracket.inside.bin(score)); });
-        find_bins(topk - all_above, 1);
-        const Cut cut = s.found[0];
-        const int cut_bin = cut.value;
-        members = above;
-        open = 0;
-        for_each_column(inside, [&](uint32_t bit, float score) {
-            const int bin = bracket.inside.bin(score);
-            if (bin > cut_bin) members |= bit;
-            if (bin == cut_bin) open |= bit;
         });
-        return cut;
     }
 
-    __device__ Cut whole_row() const { return {0, topk, row.length()}; }
-
-    template <class F>
-    __device__ void for_each_column(uint32_t word, const F& f) {
+    // Counts the bits, and lists the columns inside, if there is room.
+    __device__ void list_inside() {
+        const OwnWords own(length);
+        int own_above = 0, own_inside = 0;
 #pragma unroll 1
-        for (; word != 0; word &= word - 1)
-            f(word & -word, static_cast<float>(own[__ffs(word) - 1]));
-    }
-
-    // The best `wanted` of what is open become members: those above the last key, and as many as
-    // are left of those that equal it, the earliest first.
-    __device__ void settle(int wanted) {
-        const OpenColumns<T> columns{open, own};
-        const Cut cut = find_key(group, s.scratch, columns, wanted);
-        uint32_t equal = 0;
-        for_each_column(open, [&](uint32_t bit, float score) {
-            const uint32_t key = order_key(score);
-            if (key > cut.value) members |= bit;
-            if (key == cut.value) equal |= bit;
-        });
-        int all;
-        const int before = sum_before(group, s.scratch, __popc(equal), all);
-        for (int left = cut.wanted - before; equal != 0 && left > 0; --left, equal &= equal - 1)
-            members |= equal & -equal;
+        for (int i = own.begin; i < own.end; ++i) {
+            own_above += __popc(above[i]);
+            own_inside += __popc(passing[i] & ~above[i]);
+        }
+        own_above = __reduce_add_sync(~0u, own_above);
+        if (group.lane() == 0) atomicAdd(&s.above, own_above);
+        if (own_inside > 0) {
+            int at = atomicAdd(&s.inside, own_inside);
+            if (at + own_inside > kMostInside) {
+                for (int i = own.begin; i < own.end; ++i) {
+                    const uint32_t word = passing[i] & ~above[i];
+                    if (word == 0) continue;
+                    atomicMin(&s.first_inside, i * kWordColumns + __ffs(word) - 1);
+                    break;
+                }
+            } else {
+#pragma unroll 1
+                for (int i = own.begin; i < own.end; ++i) {
+#pragma unroll 1
+                    for (uint32_t word = passing[i] & ~above[i]; word != 0; word &= word - 1) {
+                        const int column = i * kWordColumns + __ffs(word) - 1;
+                        s.candidates[at++] = {static_cast<float>(scores[column]), column};
+                    }
+                }
+            }
+        }
         group.sync();
     }
 
+    // Marks the best `wanted` of the n columns inside; a warp compares one with all.
+    __device__ void mark_best(int n, int wanted) {
+        const auto mark = [&](int column) {
+            atomicOr(above + column / kWordColumns, 1u << column % kWordColumns);
+        };
+        for (int i = warp; i < n; i += Group::kWarps) {
+            const Candidate own = s.candidates[i];
+            int better = 0;
+            for (int j = group.lane(); __any_sync(~0u, j < n); j += 32) {
+                const Candidate other = s.candidates[j % kMostInside];
+                const bool is_better = other.score > own.score ||
+                                       (other.score == own.score && other.position < own.position);
+                better += __popc(__ballot_sync(~0u, j < n && is_better));
+            }
+            if (group.lane() == 0 && better < wanted) mark(own.position);
+        }
+        group.sync();
+    }
+
+    // The range of the scores inside, of which there are some.
+    __device__ ScoreRange range_inside(const Bracket& bracket) {
+        ScoreRange range;
+        for_each_tile([&](int, const Tile& score, int) {
+#pragma unroll
+            for (int j = 0; j < kTileWords; ++j) {
+                const bool inside = bracket.passes(score[j]) && !bracket.is_above(score[j]);
+                range.low = inside ? fminf(range.low, score[j]) : range.low;
+                range.high = inside ? fmaxf(range.high, score[j]) : range.high;
+            }
+        });
+        return of_all(range);
+    }
+
+    // The bits of all columns: above a key, and from it on. For any key, of a NaN too.
+    __device__ void walk_keys(uint32_t cut) {
+#pragma unroll 1
+        for (int i = warp; i * kWordColumns < length; i += Group::kWarps) {
+            const int column = i * kWordColumns + group.lane();
+            const uint32_t key =
+                column < length ? order_key(static_cast<float>(scores[column])) : 0;
+            const uint32_t is_above = __ballot_sync(~0u, key > cut);
+            const uint32_t passes = __ballot_sync(~0u, key >= cut);
+            if (group.lane() == 0) above[i] = is_above, passing[i] = passes;
+        }
+        group.sync();
+    }
+
+    // Marks all above a key and of those that equal it the first ones, if these make up the set.
+    __device__ bool mark_first(uint32_t key) {
+        walk_keys(key);
+        const OwnWords own(length);
+        int own_above = 0, own_inside = 0, all_above, all_inside;
+#pragma unroll 1
+        for (int i = own.begin; i < own.end; ++i) {
+            own_above += __popc(above[i]);
+            own_inside += __popc(passing[i] & ~above[i]);
+        }
+        sum_before(group, s.scratch, own_above, all_above);
+        group.sync();
+        const int before = sum_before(group, s.scratch, own_inside, all_inside);
+        group.sync();
+        const int wanted = topk - all_above;
+        if (wanted < 0 || wanted > all_inside) return false;
+        int left = wanted - before;
+#pragma unroll 1
+        for (int i = own.begin; i < own.end; ++i) {
+            uint32_t members = above[i];
+#pragma unroll 1
+            for (uint32_t word = passing[i] & ~members; word != 0 && left > 0; --left) {
+                members |= word & -word;
+                word &= word - 1;
+            }
+            above[i] = members;
+        }
+        return true;
+    }
+
+    // Marks the members in `above`.
     __device__ void select() {
-        start_loading();
-        clear_histogram(group, s.scratch);
-        Cut cut = whole_row();
-        if (row.length() >= kFewestBracketed) {
-            const Bracket bracket = guess();
-            clear_histogram(group, s.scratch);
-            mbarrier_wait(&s.full, 0);
-            cut = apply(bracket);
-        } else {
-            mbarrier_wait(&s.full, 0);
+        ScoreRange range = find_range();
+#pragma unroll 1
+        for (int turn = 0; turn < kMostBrackets; ++turn) {
+            const Bracket bracket = find_bracket(range);
+            walk(bracket);
+            list_inside();
+            const int wanted = topk - s.above, n = s.inside;
+            if (wanted <= 0 || n < wanted) break;
+            if (n <= kMostInside) return mark_best(n, wanted);
+            if (mark_first(order_key(static_cast<float>(scores[s.first_inside])))) return;
+            range = range_inside(bracket);
+            if (range.high - range.low == INFINITY) break;
         }
-        if (cut.wanted == cut.count) {
-            members |= open;
-        } else {
-            settle(cut.wanted);
-        }
+        mark_first(find_key(group, s.scratch, RowScores<T>{scores, length}, topk).value);
     }
 
-    // Writes the positions of the members, ascending.
-    __device__ void write() {
-        int all;
-        int at = sum_before(group, s.scratch, __popc(members), all);  // nobody reads the row now
-        int32_t* chosen = reinterpret_cast<int32_t*>(s.row);
+    // Writes the positions of the members, ascending; each thread begins with its last one.
+    __device__ void write(int32_t* out) {
+        const OwnWords own(length);
+        int members = 0, all;
 #pragma unroll 1
-        for (uint32_t word = members; word != 0; word &= word - 1)
-            chosen[at++] = first - row.begin + __ffs(word) - 1;
+        for (int i = own.begin; i < own.end; ++i) members += __popc(above[i]);
+        int32_t* next = chosen + sum_before(group, s.scratch, members, all) + members;
+#pragma unroll 1
+        for (int i = own.end - 1; i >= own.begin; --i) {
+            uint32_t word = above[i];
+            const int first = i * kWordColumns;
+#pragma unroll 1
+            while (word != 0) {
+                const int bit = 31 - __clz(word);
+                *--next = first + bit;
+                word ^= 1u << bit;
+            }
+        }
         group.sync();
+        const int vectors = reinterpret_cast<uintptr_t>(out) % 16 == 0 ? topk / 4 : 0;
+#pragma unroll 2
+        for (int i = group.thread; i < vectors; i += kThreads)
+            reinterpret_cast<int4*>(out)[i] = reinterpret_cast<const int4*>(chosen)[i];
 #pragma unroll 1
-        for (int i = threadIdx.x; i < topk; i += kThreads) row.out[i] = chosen[i];
+        for (int i = 4 * vectors + group.thread; i < topk; i += kThreads) out[i] = chosen[i];
     }
 };
 
 template <typename T, int kThreads>
-__global__ void __launch_bounds__(kThreads, kMostBracketThreads * 3 / 2 / kThreads)
+__global__ void __launch_bounds__(kThreads, kBracketThreadsOfSm / kThreads)
     topk_select_bracket_kernel(const TopkSelectParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
+    auto& s = *reinterpret_cast<BracketStorage*>(shared);
     wait_for_kernels_before();
-    const Row<T> row(p, blockIdx.x);
-    if (row.take_all(p.topk, threadIdx.x, kThreads)) return;
-    BracketSelect<T, kThreads> select{row, p.topk, *reinterpret_cast<BracketStorage*>(shared)};
-    select.select();
-    select.write();
+    let_next_kernel_start();
+    const int rows = p.chunk ? p.chunk[1] - p.chunk[0] : p.rows;
+#pragma unroll 1
+    for (int number = blockIdx.x; number < rows; number += gridDim.x) {
+        const Row<T> row(p, number);
+        if (row.take_all(p.topk, threadIdx.x, kThreads)) continue;
+        BracketSelect<T, kThreads> select(p, row, s);
+        select.select();
+        select.write(row.out);
+        __syncthreads();
+    }
 }
 
 }  // namespace dsa

@@ -10,10 +10,13 @@ struct TopkSelectParams {
     const int32_t* starts;   // [rows] or null: first column of the row
     const int32_t* lengths;  // [rows] or null: columns of the row
     int32_t* indices;        // [rows, topk]
+    const int32_t* chunk;    // null, or which rows of `indices` are meant: from one on, to another;
+                             // then a row may start anywhere
     int64_t row_stride;
     int32_t rows;
     int32_t width;
     int32_t topk;
+    int32_t words;  // of the bracket kernel: a bit a column
     // Of the streamed kernel:
     int32_t piece;         // candidates in a piece of the list
     int32_t front_pieces;  // in each of the two fronts: room for topk

@@ -73,33 +73,20 @@ int blocks_of_row(const TopkSelectParams& p, bool is_short) {
     return blocks;
 }
 
-// Columns from the 16-byte boundary at or before the first one on, of any row.
 template <typename T>
-int columns_from_boundary(const TopkSelectParams& p) {
-    constexpr int kVector = 16 / sizeof(T);
-    const bool on_boundary = p.starts == nullptr && p.row_stride % kVector == 0 &&
-                             reinterpret_cast<uintptr_t>(p.scores) % 16 == 0;
-    return p.width + (on_boundary ? 0 : kVector - 1);
-}
-
-template <typename T>
-void launch_bracket(const TopkSelectParams& p, cudaStream_t stream) {
-    const int columns = columns_from_boundary<T>(p);
+void launch_bracket(TopkSelectParams& p, cudaStream_t stream) {
+    p.words = bracket_words(p.width);
     const auto launch = [&]<int kThreads>() {
         auto* kernel = topk_select_bracket_kernel<T, kThreads>;
-        const int words = (columns + kWordColumns - 1) / kWordColumns;
-        const int row_bytes = std::max<int>(words * kWordColumns * sizeof(T), 4 * p.topk);
         allow_shared_memory(kernel, kMostSharedBytes);
-        launch_after(stream, kernel, p.rows, kThreads, sizeof(BracketStorage) + row_bytes, 1, p);
+        launch_after(stream, kernel, p.rows, kThreads, bracket_bytes(p.width, p.topk), 1, p);
     };
-    if (columns <= 128 * kWordColumns) {
+    if (p.width <= 8192) {
         launch.template operator()<128>();
-    } else if (columns <= 256 * kWordColumns) {
+    } else if (p.width <= 16384) {
         launch.template operator()<256>();
-    } else if (columns <= 512 * kWordColumns) {
-        launch.template operator()<512>();
     } else {
-        launch.template operator()<1024>();
+        launch.template operator()<512>();
     }
 }
 
@@ -140,8 +127,8 @@ void launch_streamed(TopkSelectParams& p, cudaStream_t stream) {
 
 template <typename T>
 void launch(TopkSelectParams& p, cudaStream_t stream) {
-    const bool is_short = columns_from_boundary<T>(p) <= kMostBracketThreads * kWordColumns;
-    const int blocks = blocks_of_row(p, is_short);
+    const bool is_short = p.width <= kMostBracketed;
+    const int blocks = p.chunk ? 1 : blocks_of_row(p, is_short);
     if (blocks > 1) {
         launch_resident<T>(p, blocks, stream);
     } else if (is_short) {

@@ -93,7 +93,7 @@ __device__ void load_row(const Row<T>& row, Storage& s, T* ring, Pass pass) {
         uint64_t* full = &s.full[pass.barrier()];
         mbarrier_wait(&s.empty[pass.barrier()], pass.at.parity ^ 1);
         mbarrier_arrive_expect(full, bytes);
-        bulk_load(ring + pass.at.stage * kRoundColumns, row.scores + first, bytes, full);
+        bulk_load(ring + pass.at.stage * kRoundColumns, row.scores + first, bytes, full, true);
     }
 }
 
