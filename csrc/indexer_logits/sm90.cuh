@@ -13,7 +13,7 @@
 // registers to memory, 32 bytes at a time (8 keys of a token): 2048 x 131072 scores are 1.07 GB,
 // 0.25 ms of writing under 0.4 ms of products and 0.5 of sums. The keys, 9 MB at 131072, come from
 // L2. Of the loading warpgroup one or two warps load; the others tell what the tokens see. Measured
-// on an H200: 0.67 ms at 16 heads x 64; 1236 and 1241 TFLOPS at 32 and 64 heads x 128; 92 us for 64
+// on an H200: 0.68 ms at 16 heads x 64; 1244 and 1194 TFLOPS at 32 and 64 heads x 128; 92 us for 64
 // requests of 65536 keys, 302 MB: 85% of the rate of a copy, and 8 us until the first tile is
 // there.
 #pragma once

@@ -12,8 +12,12 @@
 // not help either, or infinities or NaN are in the way, the radix select of common/candidates.cuh
 // finds the topk-th.
 //
-// A walk takes 16 times 32 columns a warp: 16 loads on their way, and for 32 columns 6 instructions
-// to count them, or 5.5 for their bits: two comparisons, two votes and a share of two stores.
+// A walk takes 16 times 32 columns a warp: 16 loads on their way, and 6.8 instructions for 32
+// columns, to count them or for their bits (two comparisons, two votes, a share of two stores). A
+// row of 8192 takes 7900 instructions of a warp. Bound by latency (ncu, 2048 rows of 8192 from
+// memory): 43% of the issue slots, 44% of a block's time in the first and second read of memory, 18
+// in the last walk, 10 in writing. Measured on an H200: 75 us for 4096 rows of 8192, of which
+// reading is 39; 233 for 4096 of 32768, of which reading is 134.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,6 +1,6 @@
 // topk_select on Hopper, the launches: exact, deterministic, smallest position first among equals,
 // no workspace. Few rows share the GPU in clusters (resident.cuh); of many, short ones have a block
-// each that holds them (bracket.cuh), the others stream through theirs (streamed.cuh).
+// each that walks over them (bracket.cuh), the others stream through theirs (streamed.cuh).
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -81,6 +81,7 @@ void launch_bracket(TopkSelectParams& p, cudaStream_t stream) {
         allow_shared_memory(kernel, kMostSharedBytes);
         launch_after(stream, kernel, p.rows, kThreads, bracket_bytes(p.width, p.topk), 1, p);
     };
+    // As few threads as the rows that an SM then has at a time leave L2 room for the others'.
     if (p.width <= 8192) {
         launch.template operator()<128>();
     } else if (p.width <= 16384) {
