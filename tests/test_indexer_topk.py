@@ -283,7 +283,7 @@ def test_cuda_graph_replay_with_other_inputs(rows):
     assert torch.equal(indices, select(args, 64, 40_000))
 
 
-def many_lengths(sequences, longest, heads, dim):
+def many_lengths(sequences, longest, heads, dim, width):
     """Sequences most of which are short, some without queries or keys or with more of one than of the other."""
     queries = torch.randint(0, longest // 8, (sequences,))
     queries[torch.randint(0, sequences, (sequences // 4,))] = longest
@@ -292,20 +292,23 @@ def many_lengths(sequences, longest, heads, dim):
     )
     keys[0], queries[0], queries[1], keys[2] = longest, longest, 0, 0
     cu_q, cu_k = ([0, *lengths.cumsum(0).tolist()] for lengths in (queries, keys))
-    return packed(cu_q, cu_k, heads, dim, "cuda"), visible(cu_q, keys.tolist(), cu_q[-1], longest)
+    return packed(cu_q, cu_k, heads, dim, "cuda"), visible(cu_q, keys.tolist(), cu_q[-1], width)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "sequences, longest, heads, dim, topk",
-    [(16, 9000, 16, 64, 2048), (120, 4000, 4, 128, 512), (40, 5000, 32, 64, 37), (24, 6000, 64, 128, 4096)],
+    "sequences, longest, heads, dim, topk, width",
+    [
+        (16, 9000, 16, 64, 2048, 9000), (120, 4000, 4, 128, 512, 4000), (40, 5000, 32, 64, 37, 5000),
+        (24, 6000, 64, 128, 4096, 6000), (8, 20_000, 16, 64, 2048, 9000),
+    ],
 )  # fmt: skip
-def test_sequences_of_many_lengths(sequences, longest, heads, dim, topk):
-    """Many more tokens than a matrix as wide as the longest sequence has room for: CUDA scores them in chunks."""
-    args, seen = many_lengths(sequences, longest, heads, dim)
+def test_sequences_of_many_lengths(sequences, longest, heads, dim, topk, width):
+    """Many more tokens than a matrix of that width has room for: CUDA scores them in chunks."""
+    args, seen = many_lengths(sequences, longest, heads, dim, width)
     with dsa_kernels.use("cuda"):
-        indices = select(args, topk, longest)
-        logits = dsa_kernels.indexer_logits(*args, max_seqlen_k=longest)
+        indices = select(args, topk, width)
+        logits = dsa_kernels.indexer_logits(*args, max_seqlen_k=width)
     for rows in torch.arange(len(seen)).split(4096):
         assert_selects_own_scores(indices[rows], logits[rows], topk, seen[rows])
 
@@ -313,7 +316,7 @@ def test_sequences_of_many_lengths(sequences, longest, heads, dim, topk):
 @pytest.mark.gpu
 def test_cuda_graph_replay_with_other_chunks():
     """The same tokens, first as sequences of many lengths, then as a few long ones."""
-    args, _ = many_lengths(24, 8000, 16, 64)
+    args, _ = many_lengths(24, 8000, 16, 64, 8000)
     select(args, 300, 8000)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -46,13 +46,13 @@ Tensor logits(IndexerLogitsParams& p, const KeyMaps& maps, bool paged, const Ten
     return out;
 }
 
-// The most that plan_chunks_kernel counts: every sequence has some keys, and with all that may see
-// a key the most tokens; a block of tokens counts its last one's, and at the ends of a sequence
-// that of the longest.
+// The most that plan_chunks_kernel counts: no more tokens than there are keys see any, each of them
+// at most `width`; a block of tokens counts its last one's, and at the ends of a sequence that of
+// the longest. (Half as many pairs, if no sequence were longer than `width`.)
 template <class Shape>
 int most_chunks(const ChunkPlanParams& p) {
     const double tokens = p.tokens - p.first_token, width = p.width, sequences = p.num_sequences;
-    const double pairs = std::min(tokens * width, p.num_keys * (width + 1) / 2);
+    const double pairs = std::min<double>(tokens, p.num_keys) * width;
     const double blocks = tokens / Shape::kTokens + 1, runs = blocks + sequences;
     const double of_pairs = pairs / Shape::kTokens + blocks * Shape::kTokens / 2;
     const double rounds = (of_pairs + 2 * sequences * width) / Shape::kRoundKeys +

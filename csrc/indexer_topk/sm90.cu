@@ -15,7 +15,6 @@ namespace {
 
 constexpr int64_t kWorkspaceBytes = kChunkBytes;
 constexpr int kLargestCapacity = 8192;  // of a list
-constexpr int kSelectBlocksOfSm = 10;   // for the rows of a chunk
 constexpr int kFewestMatrices = 8;      // for rows without gaps instead
 
 template <class Shape>
@@ -114,7 +113,7 @@ void score_then_select_chunks(const IndexerTopkParams& p, const KeyMaps& maps, c
         .starts = score.starts,
         .lengths = score.visible,
         .indices = p.indices,
-        .rows = kSelectBlocksOfSm * num_multiprocessors(),
+        .rows = kMostChunkRows,
         .width = p.width,
         .topk = p.topk,
     };

@@ -11,8 +11,8 @@ constexpr int kMostBracketed = 32768;  // columns of rows that can be a chunk
 
 enum class ScoreType { kFloat, kBfloat16 };
 
-// Sets what is left of p and selects; p has all pointers, row_stride, rows,
-// width and topk; of a chunk, rows are the blocks to launch.
+// Sets what is left of p and selects; p has all pointers, row_stride, rows, width and topk. Of a
+// chunk, rows are the most that it can have.
 void select_rows(TopkSelectParams& p, ScoreType type, cudaStream_t stream);
 
 }  // namespace dsa

@@ -79,7 +79,10 @@ void launch_bracket(TopkSelectParams& p, cudaStream_t stream) {
     const auto launch = [&]<int kThreads>() {
         auto* kernel = topk_select_bracket_kernel<T, kThreads>;
         allow_shared_memory(kernel, kMostSharedBytes);
-        launch_after(stream, kernel, p.rows, kThreads, bracket_bytes(p.width, p.topk), 1, p);
+        // Of a chunk, which may have few rows or none, as many blocks as run at a time.
+        const int at_once = kBracketThreadsOfSm / kThreads * num_multiprocessors();
+        launch_after(stream, kernel, p.chunk ? std::min(p.rows, at_once) : p.rows, kThreads,
+                     bracket_bytes(p.width, p.topk), 1, p);
     };
     // As few threads as the rows that an SM then has at a time leave L2 room for the others'.
     if (p.width <= 8192) {
