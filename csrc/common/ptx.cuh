@@ -136,12 +136,12 @@ __device__ __forceinline__ void copy_async_wait() {
 // first, before what others left there: nothing dirty has to be written back to make room for it.
 constexpr uint64_t kReadOnce = 0x12f0000000000000;  // evict_first
 
-// 9.7.9.8 ld: 16 bytes that nobody writes.
-__device__ __forceinline__ uint4 global_load(const uint4* source, uint64_t policy) {
+// 9.7.9.8 ld: 16 bytes that nobody writes and that are read once.
+__device__ __forceinline__ uint4 load_once(const uint4* source) {
     uint4 value;
     asm volatile("ld.global.nc.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(source), "l"(policy));
+                 : "l"(source), "l"(kReadOnce));
     return value;
 }
 

@@ -1,11 +1,11 @@
 // topk_select of a row of up to 32768 columns by one block, which holds two bits a column.
 //
-// Three walks over the row, of which L2 and L1 serve all but the first: every thirty-second score
-// or so, for their range; all of them, counted in 1024 equal bins over that range, which says
-// between which two scores the topk-th lies; and once more, for two bits a column: whether its
-// score lies above this bracket, so that it belongs, and whether it lies above the bracket's lower
-// end. Some tens of columns lie inside, and are compared with each other. At the end every thread
-// writes the positions of its bits, in order: no sort.
+// Three walks over the row, of which L2 serves what the ones before have read: a score a thread,
+// for their range; all of them, counted in 1024 equal bins over that range, which says between
+// which two scores the topk-th lies; and once more, for two bits a column: whether its score lies
+// above this bracket, so that it belongs, and whether it lies above the bracket's lower end. Some
+// tens of columns lie inside, and are compared with each other. At the end every thread writes the
+// positions of its bits, in order: no sort.
 //
 // No bracket has to be good. If too many columns lie inside, they may mostly be equal: one of them
 // is tried as the topk-th. If it is not, their range is the next one to be counted. If that does
@@ -209,15 +209,22 @@ struct BracketSelect {
         });
     }
 
-    // Counts the bits, and lists the columns inside, if there is room.
-    __device__ void list_inside() {
-        const OwnWords own(length);
-        int own_above = 0, own_inside = 0;
+    // How many columns of the own words lie above the bracket, and inside.
+    __device__ __forceinline__ void count_own(const OwnWords& own, int& own_above,
+                                              int& own_inside) {
+        own_above = 0, own_inside = 0;
 #pragma unroll 1
         for (int i = own.begin; i < own.end; ++i) {
             own_above += __popc(above[i]);
             own_inside += __popc(passing[i] & ~above[i]);
         }
+    }
+
+    // Counts the bits, and lists the columns inside, if there is room.
+    __device__ void list_inside() {
+        const OwnWords own(length);
+        int own_above, own_inside;
+        count_own(own, own_above, own_inside);
         own_above = __reduce_add_sync(~0u, own_above);
         if (group.lane() == 0) atomicAdd(&s.above, own_above);
         if (own_inside > 0) {
@@ -294,12 +301,8 @@ struct BracketSelect {
     __device__ bool mark_first(uint32_t key) {
         walk_keys(key);
         const OwnWords own(length);
-        int own_above = 0, own_inside = 0, all_above, all_inside;
-#pragma unroll 1
-        for (int i = own.begin; i < own.end; ++i) {
-            own_above += __popc(above[i]);
-            own_inside += __popc(passing[i] & ~above[i]);
-        }
+        int own_above, own_inside, all_above, all_inside;
+        count_own(own, own_above, own_inside);
         sum_before(group, s.scratch, own_above, all_above);
         group.sync();
         const int before = sum_before(group, s.scratch, own_inside, all_inside);

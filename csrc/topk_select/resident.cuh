@@ -107,7 +107,7 @@ struct Resident {
             for (int u = 0; u < kInFlight; ++u) {
                 const int i = base + u * kResidentThreads;
                 const bool there = i < vectors && first + i * kVector < row.end;
-                vector[u].raw = there ? global_load(source + i, kReadOnce) : uint4{0, 0, 0, 0};
+                vector[u].raw = there ? load_once(source + i) : uint4{0, 0, 0, 0};
             }
 #pragma unroll
             for (int u = 0; u < kInFlight; ++u) {

@@ -84,7 +84,7 @@ void launch_bracket(TopkSelectParams& p, cudaStream_t stream) {
         launch_after(stream, kernel, p.chunk ? std::min(p.rows, at_once) : p.rows, kThreads,
                      bracket_bytes(p.width, p.topk), 1, p);
     };
-    // As few threads as the rows that an SM then has at a time leave L2 room for the others'.
+    // Few threads a row, and so many rows an SM, as long as L2 holds the rows of all SMs.
     if (p.width <= 8192) {
         launch.template operator()<128>();
     } else if (p.width <= 16384) {
