@@ -304,7 +304,7 @@ def many_lengths(sequences, longest, heads, dim, width):
     ],
 )  # fmt: skip
 def test_sequences_of_many_lengths(sequences, longest, heads, dim, topk, width):
-    """Many more tokens than a matrix of that width has room for: CUDA scores them in chunks."""
+    """Many tokens, of which some see more keys than a row in the workspace has room for: CUDA keeps the scores of the others."""
     args, seen = many_lengths(sequences, longest, heads, dim, width)
     with dsa_kernels.use("cuda"):
         indices = select(args, topk, width)
@@ -314,7 +314,7 @@ def test_sequences_of_many_lengths(sequences, longest, heads, dim, topk, width):
 
 
 @pytest.mark.gpu
-def test_cuda_graph_replay_with_other_chunks():
+def test_cuda_graph_replay_with_other_lengths():
     """The same tokens, first as sequences of many lengths, then as a few long ones."""
     args, _ = many_lengths(24, 8000, 16, 64, 8000)
     select(args, 300, 8000)

@@ -67,6 +67,7 @@ struct ThreadGroup {
 
 constexpr int kLogBins = 10;
 constexpr int kBins = 1 << kLogBins;
+constexpr int kNoBin = kBins;
 
 // Equal bins over a range, for any score: what lies outside counts in the first and the last, NaN
 // in the first. The distance from `low`, held to [0, 1], becomes the last bits of a sum; so a bin
@@ -114,10 +115,12 @@ struct Cut {
 
 // What a group needs in shared memory for a cut.
 struct SelectScratch {
-    alignas(16) uint32_t histogram[kBins];
-    uint32_t low[32];  // of each warp, up to 32
+    alignas(16) uint32_t histogram[kBins + 1];  // and what counts in no bin
+    union {  // of each warp, up to 32; the group meets between one and the other
+        uint32_t low[32];
+        int sums[32];
+    };
     uint32_t high[32];
-    int sums[32];
     Cut found;
 };
 
@@ -269,7 +272,7 @@ __device__ Cut find_cut(const Group& group, SelectScratch& s, const List& list, 
     while (true) {
         const int shift = max(32 - __clz(high - low) - kLogBins, 0);
         for_each_value([&](uint32_t v) {  // 0 lies outside the range: low is at least 1
-            shared_add(bins + ((v - low) >> shift & (kBins - 1)) * 4, 1, v - low <= high - low);
+            shared_add(bins + (v - low <= high - low ? (v - low) >> shift : kNoBin) * 4, 1);
         });
         group.sync();
         const Cut bin = find_bin(group, s, wanted);
@@ -366,8 +369,8 @@ __device__ void write_marked(const Group& group, SelectScratch& s, const Mark& m
         const uint32_t words = shared_address(bitmap);
         mark([&](int32_t position, bool belongs) {
             const uint32_t bit = position - static_cast<int32_t>(base);
-            shared_or(words + bit / 32 % kBitmapWords * 4, 1u << (bit % 32),
-                      belongs && bit < 32 * kBitmapWords);
+            shared_or(words + bit / 32 % kBitmapWords * 4,
+                      belongs && bit < 32 * kBitmapWords ? 1u << (bit % 32) : 0);
         });
         group.sync();
         // Each warp owns a run of words: first its number of bits, then, with those of the warps

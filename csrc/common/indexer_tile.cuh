@@ -52,7 +52,6 @@ struct IndexerShape {
     static constexpr int kDim = kDim_;
     static constexpr bool kPaged = kPaged_;
     static constexpr bool kFew = kDivision == Division::kFewTokens;
-    static constexpr bool kInChunks = !kPaged && kDivision == Division::kByTokens;
     static constexpr int kTokenGroups = kDivision == Division::kByTokens ? kWarpgroups : 1;
     static constexpr int kRings = kWarpgroups / kTokenGroups;  // warpgroups that take turns
 

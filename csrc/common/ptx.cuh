@@ -204,19 +204,15 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barri
     }
 }
 
-// 9.7.13.14 red: adds to a word at an address in shared memory where `active`, without a branch.
-__device__ __forceinline__ void shared_add(uint32_t word, uint32_t value, bool active = true) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p red.shared::cta.add.u32 [%0], %1; }" ::"r"(word),
-        "r"(value), "r"(int{active})
-        : "memory");
+// 9.7.13.14 red: adds to a word at an address in shared memory, or sets bits of it. (With a
+// predicate ptxas makes a branch of each; so what should not count goes to a word of no meaning, or
+// sets no bit.)
+__device__ __forceinline__ void shared_add(uint32_t word, uint32_t value) {
+    asm volatile("red.shared::cta.add.u32 [%0], %1;" ::"r"(word), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ void shared_or(uint32_t word, uint32_t value, bool active) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p red.shared::cta.or.b32 [%0], %1; }" ::"r"(word),
-        "r"(value), "r"(int{active})
-        : "memory");
+__device__ __forceinline__ void shared_or(uint32_t word, uint32_t bits) {
+    asm volatile("red.shared::cta.or.b32 [%0], %1;" ::"r"(word), "r"(bits) : "memory");
 }
 
 // 9.7.9.11 st: two words to an address in shared memory where `active`, without a branch.

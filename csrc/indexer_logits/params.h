@@ -29,21 +29,6 @@ struct IndexerLogitsParams : IndexerScoreParams {
     int32_t* visible;      // null: -inf behind the last visible key; or [tokens]: their number, for
     int32_t unscored;      // which rows of at most so many are left out
     int32_t token_blocks;  // of the launch
-    // Null, or where this launch's first token and the next one's are written: then rows follow
-    // each other in `out` without gaps, and `starts` tells where.
-    const int32_t* chunk;
-    int32_t* starts;
-};
-
-// How tokens are dealt out to chunks, one after the other: what is scored at a time.
-struct ChunkPlanParams : IndexerScoreParams {
-    int32_t* chunks;  // [most_chunks + 1]: the first token of each; the last ones may be empty
-    int32_t most_chunks;
-    int32_t token_blocks;
-    int32_t unscored;
-    int32_t room;          // of a chunk, in rounds
-    int32_t block_rounds;  // that a block of tokens counts beside its own
-    int32_t most_rounds;   // of a block with tokens of one sequence, these included
 };
 
 }  // namespace dsa

@@ -1,8 +1,7 @@
-// indexer_logits on Hopper, the launches; the kernels are in sm90.cuh and chunks.cuh.
+// indexer_logits on Hopper, the launches; the kernel is in sm90.cuh.
 #include <algorithm>
 
 #include "common/indexer_launch.h"
-#include "indexer_logits/chunks.cuh"
 #include "indexer_logits/launch.h"
 #include "indexer_logits/sm90.cuh"
 
@@ -17,11 +16,6 @@ void launch(IndexerLogitsParams p, const KeyMaps& maps, cudaStream_t stream) {
     // Of a block of tokens at most; counted in 32 bits.
     const int64_t rounds = int64_t{Shape::kTokens} *
                            ((p.width + Shape::kRoundKeys - 1) / Shape::kRoundKeys + kStartRounds);
-    if (p.chunk != nullptr) {
-        launch_after(stream, indexer_logits_kernel<Shape>, num_multiprocessors(), kIndexerThreads,
-                     kSharedBytes, 1, maps, p);
-        return;
-    }
     const int64_t most_blocks = std::min<int64_t>(kMostTokenBlocks, INT32_MAX / rounds);
     const int32_t end = p.tokens, most = static_cast<int32_t>(most_blocks) * Shape::kTokens;
     while (p.first_token < end) {
@@ -46,48 +40,12 @@ Tensor logits(IndexerLogitsParams& p, const KeyMaps& maps, bool paged, const Ten
     return out;
 }
 
-// The most that plan_chunks_kernel counts: no more tokens than there are keys see any, each of them
-// at most `width`; a block of tokens counts its last one's, and at the ends of a sequence that of
-// the longest. (Half as many pairs, if no sequence were longer than `width`.)
-template <class Shape>
-int most_chunks(const ChunkPlanParams& p) {
-    const double tokens = p.tokens - p.first_token, width = p.width, sequences = p.num_sequences;
-    const double pairs = std::min<double>(tokens, p.num_keys) * width;
-    const double blocks = tokens / Shape::kTokens + 1, runs = blocks + sequences;
-    const double of_pairs = pairs / Shape::kTokens + blocks * Shape::kTokens / 2;
-    const double rounds = (of_pairs + 2 * sequences * width) / Shape::kRoundKeys +
-                          runs * (1 + kStartRounds) + blocks * p.block_rounds;
-    return static_cast<int>((rounds + sequences * p.most_rounds) / (p.room - p.most_rounds)) + 3;
-}
-
 }  // namespace
-
-int plan_chunks(ChunkPlanParams& p, int32_t* chunks, int64_t heads, int64_t dim,
-                cudaStream_t stream) {
-    const auto run = [&]<class Shape>() {
-        p.tokens =
-            std::min(p.tokens - p.first_token, kMostPlannedBlocks * Shape::kTokens) + p.first_token;
-        p.token_blocks = (p.tokens - p.first_token + Shape::kTokens - 1) / Shape::kTokens;
-        p.room = static_cast<int>(kChunkBytes / int64_t{sizeof(float)} / Shape::kTokens /
-                                  Shape::kRoundKeys);
-        p.block_rounds = (p.room + kMostTokenBlocks - 1) / kMostTokenBlocks;
-        p.most_rounds =
-            p.block_rounds + kStartRounds + (p.width + Shape::kRoundKeys - 1) / Shape::kRoundKeys;
-        p.most_chunks = most_chunks<Shape>(p);
-        if (chunks == nullptr) return;
-        p.chunks = chunks;
-        constexpr int kSharedBytes = sizeof(RoundCounts<kMostPlannedBlocks>);
-        allow_shared_memory(plan_chunks_kernel<Shape>, kSharedBytes);
-        launch_after(stream, plan_chunks_kernel<Shape>, 1, kIndexerThreads, kSharedBytes, 1, p);
-    };
-    with_indexer_shape<false, Division::kByTokens>(heads, dim, run);
-    return p.most_chunks;
-}
 
 void score_tokens(IndexerLogitsParams& p, const KeyMaps& maps, bool paged, int64_t heads,
                   int64_t dim, cudaStream_t stream) {
     if (p.tokens == p.first_token || p.width == 0) return;
-    const bool few = has_few_tokens(p);
+    const bool few = p.tokens <= int64_t{4} * p.num_sequences;  // each, as when decoding
     const auto run = [&]<class Shape>() { launch<Shape>(p, maps, stream); };
     if (paged) {
         few ? with_indexer_shape<true, Division::kFewTokens>(heads, dim, run)

@@ -5,8 +5,6 @@
 // keys that its tokens see. Every block of threads counts them all and takes an equal share,
 // wherever it begins: sequences of any length, long next to short, leave no SM idle. A run counts
 // as three rounds more, for the loading of its queries, which nothing hides. It changes no bit.
-// What is counted also says where a block of tokens has its rows, if these are to follow each other
-// without gaps (chunks.cuh).
 //
 // Scorers and loaders find their tokens for themselves and meet only at the tiles' mbarriers: the
 // first keys of a block of tokens come while the last ones of another are scored. Scores go from
@@ -27,10 +25,9 @@ constexpr int kMostTokenBlocks = 2048;  // of a launch
 constexpr int kIndexerWarps = kIndexerThreads / 32;
 constexpr int kStartRounds = 3;  // what the start of a run costs
 
-// How much there is to do for some blocks of tokens, in the order of these.
-template <int kMostBlocks>
+// How much there is to do for the blocks of tokens, in the order of these.
 struct RoundCounts {
-    int up_to[kMostBlocks];  // this block included
+    int up_to[kMostTokenBlocks];  // this block included
     int of_warp[kIndexerWarps];
 
     __device__ int before(int block) const { return block == 0 ? 0 : up_to[block - 1]; }
@@ -39,8 +36,7 @@ struct RoundCounts {
 template <class Shape>
 struct alignas(1024) LogitsStorage {
     ScoreStorage<Shape> score;
-    RoundCounts<kMostTokenBlocks> rounds;
-    IndexerLogitsParams params;
+    RoundCounts rounds;
     int begin, end;  // of this block's share
 };
 
@@ -50,23 +46,20 @@ __device__ __forceinline__ int rounds_of(int keys) {
     return (keys + Shape::kRoundKeys - 1) / Shape::kRoundKeys;
 }
 
-// Counts the rounds of the blocks of tokens from p.first_token on, and `block_rounds` more for each
-// block, by all threads; returns all. A lane reads a sequence; if it is long, the lanes of the warp
-// share its blocks of tokens.
-template <class Shape, int kMostBlocks>
-__device__ int count_rounds(const IndexerScoreParams& p, int token_blocks, int unscored,
-                            int block_rounds, RoundCounts<kMostBlocks>& rounds) {
+// Counts the rounds of the blocks of tokens, by all threads; returns all. A lane reads a sequence;
+// if it is long, the lanes of the warp share its blocks of tokens.
+template <class Shape>
+__device__ int count_rounds(const IndexerLogitsParams& p, RoundCounts& rounds) {
     constexpr int kFewBlocks = 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const auto add = [&](const Sequence& sequence, int block) {
         const int next = p.first_token + (block + 1) * Shape::kTokens;
         const int last = min(min(next, p.tokens), sequence.end) - 1;
         const int keys = sequence.visible(last, p.width);  // the most
-        shared_add(shared_address(rounds.up_to + block), kStartRounds + rounds_of<Shape>(keys),
-                   keys > unscored);
+        shared_add(shared_address(rounds.up_to + block),
+                   keys > p.unscored ? kStartRounds + rounds_of<Shape>(keys) : 0);
     };
-    for (int i = threadIdx.x; i < token_blocks; i += kIndexerThreads)
-        rounds.up_to[i] = block_rounds;
+    for (int i = threadIdx.x; i < p.token_blocks; i += kIndexerThreads) rounds.up_to[i] = 0;
     __syncthreads();
     const int first = p.first_token == 0 ? 0 : sequence_of(p, p.first_token);
     for (int number = first + threadIdx.x; __any_sync(~0u, number < p.num_sequences);
@@ -89,9 +82,9 @@ __device__ int count_rounds(const IndexerScoreParams& p, int token_blocks, int u
         if (__any_sync(~0u, own.begin >= p.tokens)) break;
     }
     __syncthreads();
-    const int each = (token_blocks + kIndexerThreads - 1) / kIndexerThreads;
-    const int begin = min(static_cast<int>(threadIdx.x) * each, token_blocks),
-              end = min(begin + each, token_blocks);
+    const int each = (p.token_blocks + kIndexerThreads - 1) / kIndexerThreads;
+    const int begin = min(static_cast<int>(threadIdx.x) * each, p.token_blocks),
+              end = min(begin + each, p.token_blocks);
     int sum = 0;
     for (int i = begin; i < end; ++i) sum += rounds.up_to[i];
     const int inclusive = sum_up_to(sum);
@@ -107,7 +100,7 @@ __device__ int count_rounds(const IndexerScoreParams& p, int token_blocks, int u
 // An equal share of the rounds.
 template <class Shape>
 __device__ void take_share(const IndexerLogitsParams& p, LogitsStorage<Shape>& s) {
-    const int64_t total = count_rounds<Shape>(p, p.token_blocks, p.unscored, 0, s.rounds);
+    const int64_t total = count_rounds<Shape>(p, s.rounds);
     if (threadIdx.x == 0) {
         s.begin = static_cast<int>(total * blockIdx.x / gridDim.x);
         s.end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
@@ -152,77 +145,33 @@ __device__ __forceinline__ void fill_unseen(float* out, int64_t count) {
     if (const int64_t i = head + 4 * vectors + lane; i < count) out[i] = -INFINITY;
 }
 
-// Where a block of tokens has its rows.
-struct RowsOfBlock {
-    int64_t first;
-    int64_t stride;
-};
-
+// How many keys each token sees, a lane a token; or -inf for the keys that it does not see, a warp
+// a token. By `warps` warps of each block.
 template <class Shape>
-__device__ __forceinline__ RowsOfBlock rows_of(const IndexerLogitsParams& p,
-                                               const LogitsStorage<Shape>& s, int block) {
-    if (!Shape::kInChunks || p.chunk == nullptr)
-        return {block * Shape::kTokens * p.out_stride, p.out_stride};
-    const int before = s.rounds.before(block);
-    return {int64_t{before} * Shape::kTokens * Shape::kRoundKeys,
-            int64_t{s.rounds.up_to[block] - before} * Shape::kRoundKeys};
-}
-
-// How many keys each token sees and where its row starts, a lane a token; or -inf for the keys that
-// it does not see, a warp a token. By `warps` warps of each block.
-template <class Shape>
-__device__ void tell_visible(const IndexerLogitsParams& p, const LogitsStorage<Shape>& s, int warp,
-                             int warps) {
+__device__ void tell_visible(const IndexerLogitsParams& p, int warp, int warps) {
     const int lane = threadIdx.x % 32, rows = p.tokens - p.first_token;
     const auto visible = [&](int row) {
         const int token = p.first_token + row;
         return sequence_at<Shape::kPaged>(p, sequence_of(p, token)).visible(token, p.width);
     };
-    const auto start = [&](int row) {
-        const RowsOfBlock place = rows_of(p, s, row / Shape::kTokens);
-        return place.first + row % Shape::kTokens * place.stride;
-    };
     int row = blockIdx.x * warps + warp, step = gridDim.x * warps;
     if (p.visible == nullptr) {
         for (; row < rows; row += step) {
             const int seen = visible(row);
-            fill_unseen(p.out + start(row) + seen, p.width - seen);
+            fill_unseen(p.out + row * p.out_stride + seen, p.width - seen);
         }
     } else {
-        for (row = row * 32 + lane; row < rows; row += step * 32) {
-            p.visible[row] = visible(row);
-            if (p.starts != nullptr) p.starts[row] = static_cast<int32_t>(start(row));
-        }
+        for (row = row * 32 + lane; row < rows; row += step * 32) p.visible[row] = visible(row);
     }
-}
-
-// What is asked of this launch: of a chunk, which tokens is written in memory. From shared memory
-// then, as nothing that is seldom needed should keep registers.
-template <class Shape>
-__device__ __forceinline__ const IndexerLogitsParams& own_params(
-    const IndexerLogitsParams& launched, LogitsStorage<Shape>& s) {
-    if constexpr (!Shape::kInChunks) return launched;
-    if (threadIdx.x == 0) {
-        s.params = launched;
-        if (launched.chunk != nullptr) {
-            const int first = launched.chunk[0], end = launched.chunk[1];
-            s.params.first_token = first, s.params.tokens = end;
-            s.params.token_blocks = (end - first + Shape::kTokens - 1) / Shape::kTokens;
-        }
-    }
-    __syncthreads();
-    return s.params;
 }
 
 template <class Shape>
 __global__ void __launch_bounds__(kIndexerThreads, 1)
     indexer_logits_kernel(const __grid_constant__ KeyMaps maps,
-                          const __grid_constant__ IndexerLogitsParams launched) {
+                          const __grid_constant__ IndexerLogitsParams p) {
     auto& s = aligned_storage<LogitsStorage<Shape>>();
     init_storage(s.score);
     wait_for_kernels_before();
-    const IndexerLogitsParams& p = own_params(launched, s);
-    if (p.token_blocks == 0) return;  // an empty chunk
     take_share(p, s);
 
     // Calls work(run, tiles, block) for all runs of the share, by whole warps, each at its own
@@ -251,7 +200,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
         give_registers_back<kLoaderRegisters>();
         const int warp = threadIdx.x / 32 - kScoreThreads / 32;
         if (warp >= Shape::kRings)
-            return tell_visible<Shape>(p, s, warp - Shape::kRings, 4 - Shape::kRings);
+            return tell_visible<Shape>(p, warp - Shape::kRings, 4 - Shape::kRings);
         KeyLoader<Shape> loader;
         for_each_run([](int) {}, [&](const TokenRun& run, TileRange tiles,
                                      int) { loader.load(p, maps, s.score, run, tiles); });
@@ -272,7 +221,6 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
             scorer.begin(maps, run);
             int seen[Shape::kLaneTokens];
             float* row[Shape::kLaneTokens];
-            const RowsOfBlock rows = rows_of(p, s, block);
 #pragma unroll
             for (int a = 0; a < Shape::kLaneTokens; ++a) {
                 const int token = scorer.token(a);
@@ -280,7 +228,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                     run.tokens >> token & 1 && scorer.quad % Shape::kLanesPerToken == 0;
                 const int visible = __shfl_sync(~0u, own.visible, token);
                 seen[a] = mine ? visible : 0;
-                row[a] = p.out + rows.first + token * rows.stride;
+                row[a] = p.out + (int64_t{block} * Shape::kTokens + token) * p.out_stride;
                 keep_address(row[a]);
             }
             constexpr int kAtOnce = Shape::kFew ? 1 : kTilesAtOnce;

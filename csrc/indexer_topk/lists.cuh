@@ -24,7 +24,7 @@ struct alignas(1024) TopkStorage {
         float sample[Shape::kTokens][kSampled / kSegments][kSegments];  // scores, as in segments
     };
     SelectScratch scratch[kScoreWarps];
-    int visible[Shape::kTokens];              // keys that a token sees
+    LaneToken tokens[Shape::kTokens];
     int appended[Shape::kTokens][kSegments];  // those that found no room included
     int front[Shape::kTokens];                // candidates before the segments
     float bound[Shape::kTokens];
@@ -120,8 +120,8 @@ __device__ __forceinline__ void for_each_entry(const ColumnList& list, const F& 
                     there[2 * u] = row + u < counts.x;
                     there[2 * u + 1] = row + u < counts.y;
                 }
-                fetch(ahead[a], row + kAhead * kRows);
                 f(own, there);
+                fetch(ahead[a], row + kAhead * kRows);
             }
         }
     }
@@ -150,7 +150,7 @@ __device__ void guess_bound(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
     const int2 counts = *reinterpret_cast<const int2*>(&s.appended[t][2 * lane]);
     const int rows = __reduce_max_sync(~0u, max(counts.x, counts.y));
     const int sampled = __reduce_add_sync(~0u, counts.x + counts.y);
-    const int rank = sample_rank(sampled, p.topk, s.visible[t]);
+    const int rank = sample_rank(sampled, p.topk, s.tokens[t].visible);
     if (rank == 0) return;
     SelectScratch& scratch = s.scratch[threadIdx.x / 32];
     const auto for_each_two = [&](const auto& f) {
@@ -167,8 +167,9 @@ __device__ void guess_bound(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
     clear_histogram(this_warp(), scratch);
     const EqualBins bins(range.low, range.high);
     const uint32_t histogram = shared_address(scratch.histogram);
-    for_each_two(
-        [&](float score, bool there) { shared_add(histogram + bins.bin(score) * 4, 1, there); });
+    for_each_two([&](float score, bool there) {
+        shared_add(histogram + (there ? bins.bin(score) : kNoBin) * 4, 1);
+    });
     __syncwarp();
     const int bin = find_bin(this_warp(), scratch, rank).value;
     if (lane == 0 && bin > 0) s.bound[t] = bins.lower(bin);
@@ -195,7 +196,7 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
 #pragma unroll
         for (int u = 0; u < kLaneCandidates; ++u) {
             const bool counts = there[u] && entries[u].score == entries[u].score;
-            shared_add(histogram + bins.bin(entries[u].score) * 4, 1, counts);
+            shared_add(histogram + (counts ? bins.bin(entries[u].score) : kNoBin) * 4, 1);
             above += counts;
         }
     });
@@ -234,7 +235,7 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
         }
         set(own.position, group.lane() < cut.count && better < cut.wanted);
     };
-    write_marked<TopkStorage<Shape>::kBitmapWords>(group, scratch, mark, s.visible[t],
+    write_marked<TopkStorage<Shape>::kBitmapWords>(group, scratch, mark, s.tokens[t].visible,
                                                    s.bitmap[warp], row);
     return Guessed::kWritten;
 }
@@ -267,7 +268,7 @@ __device__ void settle_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
         }
     } else if (enough) {
         write_ascending<TopkStorage<Shape>::kBitmapWords>(group, scratch, list, threshold,
-                                                          s.visible[t], s.bitmap[warp], row);
+                                                          s.tokens[t].visible, s.bitmap[warp], row);
     } else if (group.thread == 0) {
         atomicOr(again, 1u << t);
     }

@@ -1,8 +1,8 @@
 // indexer_topk on Hopper, the launches. Where many tokens see many keys one kernel scores and
 // selects (sm90.cuh). Few tokens, as those of a paged cache, leave its blocks without work, and for
 // few keys its selection is most of the time: there the kernels of indexer_logits and topk_select
-// follow each other, for as many tokens at a time as have room for their scores in the workspace: a
-// matrix as wide as the longest sequence, or where that would hold few tokens, rows without gaps.
+// follow each other, for as many tokens at a time as have room for their scores in the workspace, a
+// matrix as wide as the longest sequence.
 #include <algorithm>
 
 #include "common/indexer_launch.h"
@@ -13,9 +13,8 @@
 namespace dsa {
 namespace {
 
-constexpr int64_t kWorkspaceBytes = kChunkBytes;
+constexpr int64_t kWorkspaceBytes = 60 << 20;
 constexpr int kLargestCapacity = 8192;  // of a list
-constexpr int kFewestMatrices = 8;      // for rows without gaps instead
 
 template <class Shape>
 void launch(IndexerTopkParams& p, const KeyMaps& maps, const Tensor& like, cudaStream_t stream) {
@@ -46,13 +45,22 @@ int64_t tokens_with_room(const IndexerTopkParams& p) {
     return kWorkspaceBytes / (sizeof(float) * (int64_t{p.width} + 1));
 }
 
-// The shorter of two times in us, as an H200 takes them with 16 heads of 64: a score and its share
-// of a selection for each pair, or waves of blocks that walk the keys and select for their tokens.
+// The shorter of two times in us, as an H200 takes them (16 x 64, 32 and 64 x 128), if the
+// sequences are as long as they may be: a score and its share of a selection for each pair, and a
+// pair of launches for each matrix; or waves of blocks that walk the keys and select for their
+// tokens.
 bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
+    if (tokens_with_room(p) == 0) return false;
     const int64_t block = heads <= 16 ? 8 : 128 / heads, wave = num_multiprocessors() * block;
     const double waves = static_cast<double>((p.tokens + wave - 1) / wave);
-    const double two_steps = (0.25e-5 + 2.0e-5 / block) * p.tokens * p.width;
-    return tokens_with_room(p) > 0 && two_steps < waves * (48 + 3.1e-3 * p.width);
+    const double keys = std::max(p.num_keys, 1), with_keys = std::min<double>(p.tokens, keys);
+    const double visible = p.width * (1 - with_keys / (2 * keys));  // of a token
+    const double matrices = static_cast<double>(p.tokens / tokens_with_room(p) + 1);
+    const double two_steps = (2.3e-6 + 2.8e-5 / block) * p.tokens * visible + 7 * matrices;
+    const bool kept = visible <= kWorkspaceBytes / (sizeof(float) * wave);
+    const double out_of_l2 = 3.5e-3 * std::max(visible - 8192, 0.0);
+    const double of_wave = kept ? 4.5 + 4.6e-3 * visible + out_of_l2 : 55 + 3.1e-3 * visible;
+    return two_steps < 27 + waves * of_wave;
 }
 
 void score_then_select(const IndexerTopkParams& p, const KeyMaps& maps, bool paged, const Tensor& q,
@@ -86,49 +94,6 @@ void score_then_select(const IndexerTopkParams& p, const KeyMaps& maps, bool pag
     }
 }
 
-// Whether a matrix for as many tokens as have room would do for few of them.
-bool in_chunks(const IndexerTopkParams& p) {
-    return p.tokens > kFewestMatrices * tokens_with_room(p) && p.width <= kMostBracketed &&
-           !has_few_tokens(p);
-}
-
-// The same with rows that follow each other without gaps, in chunks of tokens that a kernel plans.
-void score_then_select_chunks(const IndexerTopkParams& p, const KeyMaps& maps, const Tensor& q,
-                              cudaStream_t stream) {
-    const int64_t heads = q.sizes()[1], dim = q.sizes()[2];
-    ChunkPlanParams plan{p};
-    plan.unscored = p.topk;
-    const int most_chunks = plan_chunks(plan, nullptr, heads, dim, stream);
-    Tensor scores =
-        torch::stable::new_empty(q, {kWorkspaceBytes / int64_t{sizeof(float)}}, ScalarType::Float);
-    Tensor rows =
-        torch::stable::new_empty(q, {2 * kMostChunkRows + most_chunks + 1}, ScalarType::Int);
-    IndexerLogitsParams score{p};
-    score.out = static_cast<float*>(scores.data_ptr());
-    score.visible = static_cast<int32_t*>(rows.data_ptr());
-    score.starts = score.visible + kMostChunkRows;
-    score.unscored = p.topk;
-    TopkSelectParams choose{
-        .scores = scores.data_ptr(),
-        .starts = score.starts,
-        .lengths = score.visible,
-        .indices = p.indices,
-        .rows = kMostChunkRows,
-        .width = p.width,
-        .topk = p.topk,
-    };
-    int32_t* const chunks = score.starts + kMostChunkRows;
-    for (int first = 0; first < p.tokens; first = plan.tokens) {
-        plan.first_token = first, plan.tokens = p.tokens;
-        const int count = plan_chunks(plan, chunks, heads, dim, stream);
-        for (int chunk = 0; chunk < count; ++chunk) {
-            score.chunk = choose.chunk = chunks + chunk;
-            score_tokens(score, maps, false, heads, dim, stream);
-            select_rows(choose, ScoreType::kFloat, stream);
-        }
-    }
-}
-
 Tensor select(IndexerTopkParams& p, const KeyMaps& maps, bool paged, const Tensor& q,
               int64_t topk) {
     Tensor indices = torch::stable::new_empty(q, {q.sizes()[0], topk}, ScalarType::Int);
@@ -138,10 +103,7 @@ Tensor select(IndexerTopkParams& p, const KeyMaps& maps, bool paged, const Tenso
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     const cudaStream_t stream = current_stream(q);
     const auto in_one_step = [&]<class Shape>() { launch<Shape>(p, maps, q, stream); };
-    const bool two_steps = paged || in_two_steps(p, q.sizes()[1]);
-    if (two_steps && !paged && in_chunks(p)) {
-        score_then_select_chunks(p, maps, q, stream);
-    } else if (two_steps) {
+    if (paged || in_two_steps(p, q.sizes()[1])) {
         score_then_select(p, maps, paged, q, stream);
     } else {
         with_indexer_shape<false, Division::kByKeys>(q.sizes()[1], q.sizes()[2], in_one_step);

@@ -15,6 +15,9 @@
 // with certain bounds: now the scorers meet every few tiles, the room left in the fullest segment
 // says how many tiles are safe, and full lists are cut to their best topk.
 //
+// Where a token sees so few keys that the room of its list holds all its scores (14592 at 16
+// heads), these are kept instead and it is selected from them: rows.cuh.
+//
 // Blocks take the next 8 tokens from a counter, the last tokens first: those of one sequence see
 // the most keys. Scorers and loaders, a warp each for two rings, meet at mbarriers only: what they
 // tell each other is the next block of tokens and which of a run's come again. Workspace: 132
@@ -29,6 +32,7 @@
 #include "common/indexer_tile.cuh"
 #include "indexer_topk/lists.cuh"
 #include "indexer_topk/params.h"
+#include "indexer_topk/rows.cuh"
 
 namespace dsa {
 
@@ -61,7 +65,7 @@ struct OwnTokens {
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
             const bool mine = tokens >> (first + a) & 1 && quad % Shape::kLanesPerToken == 0;
-            seen[a] = mine ? s.visible[first + a] : 0;
+            seen[a] = mine ? s.tokens[first + a].visible : 0;
         }
     }
 };
@@ -144,7 +148,37 @@ struct Appender {
     }
 };
 
-// All keys of a run: the scorers' side.
+// Whether all scores of a run are kept, as there is room for them.
+__device__ __forceinline__ bool are_kept(const IndexerTopkParams& p, const TokenRun& run) {
+    return run.keys <= kept_columns(p.capacity);
+}
+
+// All keys of a run whose scores are kept: the scorers' side.
+template <class Shape>
+__device__ void select_kept(const IndexerTopkParams& p, TopkStorage<Shape>& s,
+                            Scorer<Shape>& scorer, const TokenRun& run, int first_token) {
+    const OwnTokens<Shape> own(s, scorer.quad, run.tokens);
+    float* row[Shape::kLaneTokens];
+#pragma unroll
+    for (int a = 0; a < Shape::kLaneTokens; ++a) {
+        row[a] = row_of<Shape>(p, own.first + a);
+        keep_address(row[a]);
+    }
+    scorer.template score<kTilesAtOnce>(s.score, {0, run.tiles()}, [&](const auto& scores) {
+#pragma unroll
+        for (int a = 0; a < Shape::kLaneTokens; ++a)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                global_store(row[a] + scores.key + kRowStep * r, scores.score[a][r],
+                             scores.key + kRowStep * r < own.seen[a]);
+    });
+    named_barrier_sync(kSyncScorers, kScoreThreads);
+    if (scorer.warp < Shape::kTokens && run.tokens >> scorer.warp & 1)
+        select_row(p, s, scorer.warp, first_token);
+    named_barrier_sync(kSyncScorers, kScoreThreads);
+}
+
+// All keys of a run of which candidates are listed.
 template <class Shape>
 __device__ void select_run(const IndexerTopkParams& p, TopkStorage<Shape>& s, Scorer<Shape>& scorer,
                            const TokenRun& run, int first_token, uint32_t* again) {
@@ -242,6 +276,10 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                 const TokenRun run(own, scored);
                 scored &= ~run.tokens;
                 const RunPlan<Shape> plan(run);
+                if (are_kept(p, run)) {
+                    loader.load(p, maps, s.score, run, plan.all);
+                    continue;
+                }
 #pragma unroll 1
                 for (int pass = 0; pass < 3; ++pass) {
                     if (pass == 2) {
@@ -278,16 +316,20 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
             }
             if (scored == 0) continue;
             if (scorer.lane == scorer.warp && scorer.warp < Shape::kTokens)
-                s.visible[scorer.warp] = own.visible;
+                s.tokens[scorer.warp] = own;
             load_queries(p, s.score, first_token);
             scorer.load_weights(p, first_token);
             named_barrier_sync(kSyncScorers, kScoreThreads);
             while (scored != 0) {
-                const TokenRun run(own, scored);
+                const TokenRun run(s.tokens[scorer.lane % Shape::kTokens], scored);
                 scored &= ~run.tokens;
                 scorer.begin(maps, run);
-                select_run(p, s, scorer, run, first_token, &s.again[run_parity]);
-                run_parity ^= 1;
+                if (are_kept(p, run)) {
+                    select_kept(p, s, scorer, run, first_token);
+                } else {
+                    select_run(p, s, scorer, run, first_token, &s.again[run_parity]);
+                    run_parity ^= 1;
+                }
             }
         }
     }

@@ -1,23 +1,20 @@
-// topk_select of a row of up to 32768 columns by one block, which holds two bits a column.
+// topk_select of a row of up to 32768 columns by the threads of a row, which read it once.
 //
-// Three walks over the row, of which L2 serves what the ones before have read: a score a thread,
-// for their range; all of them, counted in 1024 equal bins over that range, which says between
-// which two scores the topk-th lies; and once more, for two bits a column: whether its score lies
-// above this bracket, so that it belongs, and whether it lies above the bracket's lower end. Some
-// tens of columns lie inside, and are compared with each other. At the end every thread writes the
-// positions of its bits, in order: no sort.
+// A walk over the row counts its scores in 1024 equal bins over the range of some of them, and
+// keeps in shared memory which bin each column is in, two bytes a column. The counts say in which
+// bin the topk-th lies; a walk over the bins leaves two bits a column: whether it lies in a better
+// bin, so that it belongs, and whether it lies in that bin or a better one. Some tens of columns
+// lie in that bin, and are compared with each other. At the end every thread writes the positions
+// of its bits, in order: no sort.
 //
-// No bracket has to be good. If too many columns lie inside, they may mostly be equal: one of them
-// is tried as the topk-th. If it is not, their range is the next one to be counted. If that does
-// not help either, or infinities or NaN are in the way, the radix select of common/candidates.cuh
-// finds the topk-th.
+// A bin never falls as the score rises, for any score, so the set is exact however well the bins
+// fit. If too many columns lie in one, they may mostly be equal: one of them is tried as the
+// topk-th. If it is not, the bins cover their range next. If that does not help either, the radix
+// select of common/candidates.cuh finds the topk-th.
 //
-// A walk takes 16 times 32 columns a warp: 16 loads on their way, and 6.8 instructions for 32
-// columns, to count them or for their bits (two comparisons, two votes, a share of two stores). A
-// row of 8192 takes 7900 instructions of a warp. Bound by latency (ncu, 2048 rows of 8192 from
-// memory): 43% of the issue slots, 44% of a block's time in the first and second read of memory, 18
-// in the last walk, 10 in writing. Measured on an H200: 75 us for 4096 rows of 8192, of which
-// reading is 39; 233 for 4096 of 32768, of which reading is 134.
+// Read once, as L2 bounds what all SMs read again: with a second walk over the row itself 4096 rows
+// of 8192 took 74 us, now 64, of which reading is 39; 4096 of 32768 take 214, of which reading is
+// 134 (H200).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,27 +30,35 @@ namespace dsa {
 constexpr int kWordColumns = 32;
 constexpr int kTileWords = 16;  // of a warp at a time
 constexpr int kTileColumns = kTileWords * kWordColumns;
-constexpr int kMostInside = 128;           // columns that are compared with each other
-constexpr int kMostBrackets = 3;           // before the radix select
-constexpr int kBracketThreadsOfSm = 1280;  // 48 registers each
+constexpr int kTilePairs = kTileColumns / 2;  // of bins, a word each
+constexpr int kMostInside = 128;              // columns that are compared with each other
+constexpr int kMostTurns = 3;                 // before the radix select
+constexpr int kBracketThreadsOfSm = 1152;     // 56 registers each
 
 struct BracketStorage {
+    struct Inside {
+        uint32_t key;
+        int column;
+    };
     SelectScratch scratch;
-    ScoreRange range[16];  // of each warp
-    int bin;
-    int above;         // columns above the bracket
-    int inside;        // and inside:
-    int first_inside;  // the first of them,
-    alignas(16) Candidate candidates[kMostInside];
-    alignas(16) uint32_t dynamic[];  // two bits a column, positions of the members
+    uint32_t lowest, highest;  // keys: the range
+    Cut cut;                   // the topk-th's bin
+    int inside;                // columns of that bin that are listed,
+    int first_inside;          // the first of them
+    alignas(16) Inside list[kMostInside];
+    // Two bits a column, and then two bytes a column or the positions of the members.
+    alignas(16) uint32_t dynamic[];
+
+    __device__ void forget_range() { lowest = ~0u, highest = 0; }
 };
 
-// The shared memory for rows of `width` columns; words of a bit a column.
+// Words of a bit a column, and the shared memory for a row of `width` columns.
 inline int bracket_words(int width) {
     return (width + kTileColumns - 1) / kTileColumns * kTileWords;
 }
 inline int bracket_bytes(int width, int topk) {
-    return sizeof(BracketStorage) + sizeof(uint32_t) * (2 * bracket_words(width) + topk);
+    const int words = bracket_words(width), pairs = words * kWordColumns / 2;
+    return sizeof(BracketStorage) + sizeof(uint32_t) * (2 * words + std::max(pairs, topk));
 }
 
 // A row as a list for the radix select, of which it needs the keys.
@@ -83,23 +88,19 @@ template <typename T, int kThreads>
 struct BracketSelect {
     using Group = ThreadGroup<kThreads>;
     using Tile = float[kTileWords];
-    // Where the topk-th score lies: from `low` to `high`.
-    struct Bracket {
-        float low, high;
-
-        __device__ bool is_above(float score) const { return score > high; }  // not a NaN
-        __device__ bool passes(float score) const { return score >= low; }
-    };
 
     const T* const scores;
     const int length;
     const int topk;
     BracketStorage& s;
-    uint32_t* const above;    // a bit a column: above the bracket; in the end: belongs
-    uint32_t* const passing;  // a bit a column: above the bracket's lower end
-    int32_t* const chosen;
+    uint32_t* const above;    // a bit a column: in a better bin; in the end: belongs
+    uint32_t* const passing;  // a bit a column: in the topk-th's bin or a better one
+    uint32_t* const bins;     // two columns a word, as a lane counts them
+    int32_t* const chosen;    // in place of these
     const Group group{static_cast<int>(threadIdx.x), 0};
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be the same for all lanes
+    const int warp = __shfl_sync(~0u, group.warp(), 0);  // known to be the same for all lanes
+    const int whole = length / kTileColumns;             // tiles without an end in them
+    const int first_tile, end_tile;                      // of this warp
 
     __device__ BracketSelect(const TopkSelectParams& p, const Row<T>& row, BracketStorage& storage)
         : scores(row.scores + row.begin),
@@ -108,7 +109,12 @@ struct BracketSelect {
           s(storage),
           above(s.dynamic),
           passing(above + p.words),
-          chosen(reinterpret_cast<int32_t*>(passing + p.words)) {}
+          bins(passing + p.words),
+          chosen(reinterpret_cast<int32_t*>(bins)),
+          first_tile(tiles() * warp / Group::kWarps),
+          end_tile(tiles() * (warp + 1) / Group::kWarps) {}
+
+    __device__ int tiles() const { return (length + kTileColumns - 1) / kTileColumns; }
 
     // The words that a thread looks after, neighbours; if many, an odd number of them, as the
     // threads of a warp read theirs at the same time.
@@ -124,162 +130,136 @@ struct BracketSelect {
         }
     };
 
-    // Calls f(tile, score, columns) for all tiles, each warp its own; what is behind the last
-    // column is NaN.
-    template <class F>
-    __device__ void for_each_tile(const F& f) {
-        const int whole = length / kTileColumns, rest = length % kTileColumns;
-        const T* own = scores + group.lane();
-        Tile score;
-        int tile = warp;
-#pragma unroll 1
-        for (; tile < whole; tile += Group::kWarps) {
+    // What is behind the last column is NaN.
+    __device__ void load(Tile& score, int tile) {
+        const T* own = scores + tile * kTileColumns + group.lane();
+        if (tile < whole) {
 #pragma unroll
             for (int j = 0; j < kTileWords; ++j)
-                score[j] = static_cast<float>(own[tile * kTileColumns + j * kWordColumns]);
-            f(tile, score, kTileColumns);
-        }
-        if (tile == whole && rest > 0) {
+                score[j] = static_cast<float>(own[j * kWordColumns]);
+        } else {
+            const int rest = length - tile * kTileColumns - group.lane();
 #pragma unroll
             for (int j = 0; j < kTileWords; ++j)
-                score[j] = j * kWordColumns + group.lane() < rest
-                               ? static_cast<float>(own[tile * kTileColumns + j * kWordColumns])
-                               : NAN;
-            f(tile, score, rest);
+                score[j] =
+                    j * kWordColumns < rest ? static_cast<float>(own[j * kWordColumns]) : NAN;
         }
-        group.sync();
-    }
-
-    // The range of some scores, one a thread.
-    __device__ ScoreRange find_range() {
-        const int step = max(length / kThreads, 1), column = group.thread * step;
-        ScoreRange range;
-        range.add(column < length ? static_cast<float>(scores[column]) : NAN, true);
-        return of_all(range);
     }
 
     // The range of all threads' ranges.
-    __device__ ScoreRange of_all(ScoreRange range) {
-        range.add_lanes();
-        if (group.lane() == 0) s.range[warp] = range;
+    __device__ ScoreRange of_all(const ScoreRange& range) {
+        const uint32_t lowest = __reduce_min_sync(~0u, order_key(range.low));
+        const uint32_t highest = __reduce_max_sync(~0u, order_key(range.high));
+        if (group.lane() == 0) atomicMin(&s.lowest, lowest), atomicMax(&s.highest, highest);
         group.sync();
-        range = s.range[group.lane() % Group::kWarps];
-        range.add_lanes();
-        return range;
+        return {score_of(s.lowest), score_of(s.highest)};
     }
 
-    __device__ Bracket find_bracket(const ScoreRange& range) {
-        const EqualBins bins(range.low, range.high);
+    // Counts a tile and keeps its bins.
+    __device__ void count(const Tile& score, int tile, const EqualBins& equal) {
         const uint32_t histogram = shared_address(s.scratch.histogram) - 4 * EqualBins::kFirst;
-        clear_histogram(group, s.scratch);
-        for_each_tile([&](int, const Tile& score, int columns) {
+        const int rest = length - tile * kTileColumns - group.lane();
+        uint32_t pairs[kTileWords / 2];
+        const auto count_all = [&](const auto& is_there) {
 #pragma unroll
-            for (int j = 0; j < kTileWords; ++j)
-                shared_add(histogram + bins.number(score[j]) * 4, 1,
-                           j * kWordColumns + group.lane() < columns);
-        });
-        if (warp == 0) {
-            const ThreadGroup<32> lanes{group.lane(), 0};
-            const int bin = find_bin(lanes, s.scratch, topk).value;
-            if (group.lane() == 0) s.bin = bin, s.above = s.inside = 0, s.first_inside = length;
+            for (int j = 0; j < kTileWords; j += 2) {
+                const uint32_t one = equal.number(score[j]), two = equal.number(score[j + 1]);
+                constexpr uint32_t kNowhere = EqualBins::kFirst + kNoBin;
+                shared_add(histogram + (is_there(j) ? one : kNowhere) * 4, 1);
+                shared_add(histogram + (is_there(j + 1) ? two : kNowhere) * 4, 1);
+                pairs[j / 2] = __byte_perm(one, two, 0x5410);
+            }
+        };
+        if (tile < whole) {
+            count_all([](int) { return true; });
+        } else {
+            count_all([&](int j) { return j * kWordColumns < rest; });
         }
-        group.sync();
-        const int bin = s.bin;
-        return {bin == 0 ? -INFINITY : bins.lower(bin),
-                bin == kBins - 1 ? INFINITY : bins.upper(bin)};
+        auto* own = reinterpret_cast<uint4*>(bins + tile * kTilePairs) + group.lane();
+        own[0] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+        own[32] = {pairs[4], pairs[5], pairs[6], pairs[7]};
     }
 
-    // The bits of all columns.
-    __device__ void walk(const Bracket& bracket) {
-        for_each_tile([&](int tile, const Tile& score, int) {
+    // The bits of all columns. What is behind the last column may pass.
+    __device__ void walk(uint32_t cut_bin) {
+#pragma unroll 1
+        for (int tile = first_tile; tile < end_tile; ++tile) {
+            const auto* own =
+                reinterpret_cast<const uint4*>(bins + tile * kTilePairs) + group.lane();
+            auto* is_above = reinterpret_cast<uint4*>(above + tile * kTileWords);
+            auto* passes = reinterpret_cast<uint4*>(passing + tile * kTileWords);
 #pragma unroll
-            for (int j = 0; j < kTileWords; j += 4) {
-                const auto four_words = [&](const auto& holds) -> uint4 {
-                    const auto word = [&](int i) { return __ballot_sync(~0u, holds(score[i])); };
-                    return {word(j), word(j + 1), word(j + 2), word(j + 3)};
+            for (int half = 0; half < 2; ++half) {
+                const uint4 four = own[32 * half];
+                const auto four_words = [&](uint32_t one, uint32_t two,
+                                            const auto& holds) -> uint4 {
+                    return {__ballot_sync(~0u, holds(one & 0xffff)),
+                            __ballot_sync(~0u, holds(one >> 16)),
+                            __ballot_sync(~0u, holds(two & 0xffff)),
+                            __ballot_sync(~0u, holds(two >> 16))};
                 };
-                const int at = tile * kTileWords + j;
-                const uint4 is_above = four_words([&](float x) { return bracket.is_above(x); });
-                const uint4 passes = four_words([&](float x) { return bracket.passes(x); });
+                const auto better = [=](uint32_t bin) { return bin > cut_bin; };
+                const auto as_good = [=](uint32_t bin) { return bin >= cut_bin; };
+                const uint4 words[4] = {
+                    four_words(four.x, four.y, better), four_words(four.z, four.w, better),
+                    four_words(four.x, four.y, as_good), four_words(four.z, four.w, as_good)};
                 if (group.lane() == 0) {
-                    *reinterpret_cast<uint4*>(above + at) = is_above;
-                    *reinterpret_cast<uint4*>(passing + at) = passes;
+                    is_above[2 * half] = words[0], is_above[2 * half + 1] = words[1];
+                    passes[2 * half] = words[2], passes[2 * half + 1] = words[3];
                 }
             }
-        });
+        }
+        group.sync();
     }
 
-    // How many columns of the own words lie above the bracket, and inside.
-    __device__ __forceinline__ void count_own(const OwnWords& own, int& own_above,
-                                              int& own_inside) {
-        own_above = 0, own_inside = 0;
+    __device__ uint32_t inside(int word) const { return passing[word] & ~above[word]; }
+    __device__ uint32_t key(int column) const {
+        return order_key(static_cast<float>(scores[column]));
+    }
+
+    // Calls f(column) for the columns inside of the own words, until one returns false.
+    template <class F>
+    __device__ void for_each_inside(const F& f) {
+        const OwnWords own(length);
 #pragma unroll 1
         for (int i = own.begin; i < own.end; ++i) {
-            own_above += __popc(above[i]);
-            own_inside += __popc(passing[i] & ~above[i]);
-        }
-    }
-
-    // Counts the bits, and lists the columns inside, if there is room.
-    __device__ void list_inside() {
-        const OwnWords own(length);
-        int own_above, own_inside;
-        count_own(own, own_above, own_inside);
-        own_above = __reduce_add_sync(~0u, own_above);
-        if (group.lane() == 0) atomicAdd(&s.above, own_above);
-        if (own_inside > 0) {
-            int at = atomicAdd(&s.inside, own_inside);
-            if (at + own_inside > kMostInside) {
-                for (int i = own.begin; i < own.end; ++i) {
-                    const uint32_t word = passing[i] & ~above[i];
-                    if (word == 0) continue;
-                    atomicMin(&s.first_inside, i * kWordColumns + __ffs(word) - 1);
-                    break;
-                }
-            } else {
 #pragma unroll 1
-                for (int i = own.begin; i < own.end; ++i) {
-#pragma unroll 1
-                    for (uint32_t word = passing[i] & ~above[i]; word != 0; word &= word - 1) {
-                        const int column = i * kWordColumns + __ffs(word) - 1;
-                        s.candidates[at++] = {static_cast<float>(scores[column]), column};
-                    }
-                }
+            for (uint32_t word = inside(i); word != 0; word &= word - 1) {
+                const int column = i * kWordColumns + __ffs(word) - 1;
+                if (column >= length || !f(column)) return;
             }
         }
-        group.sync();
     }
 
-    // Marks the best `wanted` of the n columns inside; a warp compares one with all.
+    // Marks the best `wanted` of the n columns inside; a thread compares one with all.
     __device__ void mark_best(int n, int wanted) {
-        const auto mark = [&](int column) {
-            atomicOr(above + column / kWordColumns, 1u << column % kWordColumns);
-        };
-        for (int i = warp; i < n; i += Group::kWarps) {
-            const Candidate own = s.candidates[i];
+        static_assert(kMostInside <= kThreads);
+        if (group.thread < n) {
+            const auto own = s.list[group.thread];
             int better = 0;
-            for (int j = group.lane(); __any_sync(~0u, j < n); j += 32) {
-                const Candidate other = s.candidates[j % kMostInside];
-                const bool is_better = other.score > own.score ||
-                                       (other.score == own.score && other.position < own.position);
-                better += __popc(__ballot_sync(~0u, j < n && is_better));
+#pragma unroll 4
+            for (int i = 0; i < n; ++i) {
+                const auto other = s.list[i];
+                better +=
+                    other.key > own.key || (other.key == own.key && other.column < own.column);
             }
-            if (group.lane() == 0 && better < wanted) mark(own.position);
+            if (better < wanted)
+                atomicOr(above + own.column / kWordColumns, 1u << own.column % kWordColumns);
         }
         group.sync();
     }
 
-    // The range of the scores inside, of which there are some.
-    __device__ ScoreRange range_inside(const Bracket& bracket) {
+    // The range of the scores inside.
+    __device__ ScoreRange range_inside() {
+        if (group.thread == 0) s.forget_range();
+        group.sync();
         ScoreRange range;
-        for_each_tile([&](int, const Tile& score, int) {
-#pragma unroll
-            for (int j = 0; j < kTileWords; ++j) {
-                const bool inside = bracket.passes(score[j]) && !bracket.is_above(score[j]);
-                range.low = inside ? fminf(range.low, score[j]) : range.low;
-                range.high = inside ? fmaxf(range.high, score[j]) : range.high;
-            }
-        });
+#pragma unroll 1
+        for (int i = warp; i * kWordColumns < length; i += Group::kWarps) {
+            const int column = i * kWordColumns + group.lane();
+            if (column < length && inside(i) >> group.lane() & 1)
+                range.add(static_cast<float>(scores[column]), true);
+        }
         return of_all(range);
     }
 
@@ -288,10 +268,9 @@ struct BracketSelect {
 #pragma unroll 1
         for (int i = warp; i * kWordColumns < length; i += Group::kWarps) {
             const int column = i * kWordColumns + group.lane();
-            const uint32_t key =
-                column < length ? order_key(static_cast<float>(scores[column])) : 0;
-            const uint32_t is_above = __ballot_sync(~0u, key > cut);
-            const uint32_t passes = __ballot_sync(~0u, key >= cut);
+            const uint32_t own = column < length ? key(column) : 0;
+            const uint32_t is_above = __ballot_sync(~0u, own > cut);
+            const uint32_t passes = __ballot_sync(~0u, own >= cut);
             if (group.lane() == 0) above[i] = is_above, passing[i] = passes;
         }
         group.sync();
@@ -301,8 +280,10 @@ struct BracketSelect {
     __device__ bool mark_first(uint32_t key) {
         walk_keys(key);
         const OwnWords own(length);
-        int own_above, own_inside, all_above, all_inside;
-        count_own(own, own_above, own_inside);
+        int own_above = 0, own_inside = 0, all_above, all_inside;
+#pragma unroll 1
+        for (int i = own.begin; i < own.end; ++i)
+            own_above += __popc(above[i]), own_inside += __popc(inside(i));
         sum_before(group, s.scratch, own_above, all_above);
         group.sync();
         const int before = sum_before(group, s.scratch, own_inside, all_inside);
@@ -314,7 +295,7 @@ struct BracketSelect {
         for (int i = own.begin; i < own.end; ++i) {
             uint32_t members = above[i];
 #pragma unroll 1
-            for (uint32_t word = passing[i] & ~members; word != 0 && left > 0; --left) {
+            for (uint32_t word = inside(i); word != 0 && left > 0; --left) {
                 members |= word & -word;
                 word &= word - 1;
             }
@@ -325,38 +306,72 @@ struct BracketSelect {
 
     // Marks the members in `above`.
     __device__ void select() {
-        ScoreRange range = find_range();
+        Tile score;
+        if (first_tile < end_tile) load(score, first_tile);
+        clear_histogram(group, s.scratch);
+        ScoreRange range;
+        if (first_tile < end_tile) {
+#pragma unroll
+            for (int j = 0; j < kTileWords; ++j) range.add(score[j], true);
+        }
+        range = of_all(range);
 #pragma unroll 1
-        for (int turn = 0; turn < kMostBrackets; ++turn) {
-            const Bracket bracket = find_bracket(range);
-            walk(bracket);
-            list_inside();
-            const int wanted = topk - s.above, n = s.inside;
-            if (wanted <= 0 || n < wanted) break;
-            if (n <= kMostInside) return mark_best(n, wanted);
-            if (mark_first(order_key(static_cast<float>(scores[s.first_inside])))) return;
-            range = range_inside(bracket);
-            if (range.high - range.low == INFINITY) break;
+        for (int turn = 0; turn < kMostTurns && range.low <= range.high; ++turn) {
+            const EqualBins equal(range.low, range.high);
+#pragma unroll 1
+            for (int tile = first_tile; tile < end_tile; ++tile) {
+                if (turn > 0 || tile > first_tile) load(score, tile);
+                count(score, tile, equal);
+            }
+            group.sync();
+            if (warp == 0) {
+                const Cut cut = find_bin(ThreadGroup<32>{group.lane(), 0}, s.scratch, topk);
+                if (group.lane() == 0) s.cut = cut, s.inside = 0, s.first_inside = length;
+            }
+            group.sync();
+            const Cut cut = s.cut;
+            walk(cut.value);
+            if (cut.count <= kMostInside) {
+                for_each_inside([&](int column) {
+                    s.list[atomicAdd(&s.inside, 1)] = {key(column), column};
+                    return true;
+                });
+                group.sync();
+                return mark_best(cut.count, cut.wanted);
+            }
+            for_each_inside([&](int column) {
+                atomicMin(&s.first_inside, column);
+                return false;
+            });
+            group.sync();
+            if (mark_first(key(s.first_inside))) return;
+            walk(cut.value);
+            range = range_inside();
+            clear_histogram(group, s.scratch);
         }
         mark_first(find_key(group, s.scratch, RowScores<T>{scores, length}, topk).value);
     }
 
-    // Writes the positions of the members, ascending; each thread begins with its last one.
+    // Writes the positions of the members, ascending; each thread those of a word from both ends.
     __device__ void write(int32_t* out) {
         const OwnWords own(length);
         int members = 0, all;
 #pragma unroll 1
         for (int i = own.begin; i < own.end; ++i) members += __popc(above[i]);
-        int32_t* next = chosen + sum_before(group, s.scratch, members, all) + members;
+        int32_t* next = chosen + sum_before(group, s.scratch, members, all);
 #pragma unroll 1
-        for (int i = own.end - 1; i >= own.begin; --i) {
+        for (int i = own.begin; i < own.end; ++i) {
             uint32_t word = above[i];
             const int first = i * kWordColumns;
+            int32_t* low = next;
+            int32_t* high = next += __popc(word);
 #pragma unroll 1
-            while (word != 0) {
+            while (word != 0) {  // the same one twice, if it is the last
                 const int bit = 31 - __clz(word);
-                *--next = first + bit;
+                *low++ = first + __ffs(word) - 1;
+                *--high = first + bit;
                 word ^= 1u << bit;
+                word &= word - 1;
             }
         }
         group.sync();
@@ -374,18 +389,14 @@ __global__ void __launch_bounds__(kThreads, kBracketThreadsOfSm / kThreads)
     topk_select_bracket_kernel(const TopkSelectParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
     auto& s = *reinterpret_cast<BracketStorage*>(shared);
+    if (threadIdx.x == 0) s.forget_range();
     wait_for_kernels_before();
     let_next_kernel_start();
-    const int rows = p.chunk ? p.chunk[1] - p.chunk[0] : p.rows;
-#pragma unroll 1
-    for (int number = blockIdx.x; number < rows; number += gridDim.x) {
-        const Row<T> row(p, number);
-        if (row.take_all(p.topk, threadIdx.x, kThreads)) continue;
-        BracketSelect<T, kThreads> select(p, row, s);
-        select.select();
-        select.write(row.out);
-        __syncthreads();
-    }
+    const Row<T> row(p, blockIdx.x);
+    if (row.take_all(p.topk, threadIdx.x, kThreads)) return;
+    BracketSelect<T, kThreads> select(p, row, s);
+    select.select();
+    select.write(row.out);
 }
 
 }  // namespace dsa

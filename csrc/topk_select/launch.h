@@ -7,12 +7,9 @@
 
 namespace dsa {
 
-constexpr int kMostBracketed = 32768;  // columns of rows that can be a chunk
-
 enum class ScoreType { kFloat, kBfloat16 };
 
-// Sets what is left of p and selects; p has all pointers, row_stride, rows, width and topk. Of a
-// chunk, rows are the most that it can have.
+// Sets what is left of p and selects; p has all pointers, row_stride, rows, width and topk.
 void select_rows(TopkSelectParams& p, ScoreType type, cudaStream_t stream);
 
 }  // namespace dsa

@@ -10,8 +10,6 @@ struct TopkSelectParams {
     const int32_t* starts;   // [rows] or null: first column of the row
     const int32_t* lengths;  // [rows] or null: columns of the row
     int32_t* indices;        // [rows, topk]
-    const int32_t* chunk;    // null, or which rows of `indices` are meant: from one on, to another;
-                             // then a row may start anywhere
     int64_t row_stride;
     int32_t rows;
     int32_t width;

@@ -16,17 +16,14 @@ struct Row {
     int32_t* out;
 
     __device__ Row(const TopkSelectParams& p, int row) {
-        const bool anywhere = p.chunk != nullptr;
-        const int start = anywhere   ? p.starts[row]
-                          : p.starts ? min(max(p.starts[row], 0), p.width)
-                                     : 0;
-        const int most = anywhere ? p.width : p.width - start;
+        const int start = p.starts ? min(max(p.starts[row], 0), p.width) : 0;
+        const int most = p.width - start;
         const int length = p.lengths ? min(max(p.lengths[row], 0), most) : most;
         const T* first = static_cast<const T*>(p.scores) + row * p.row_stride + start;
         begin = reinterpret_cast<uintptr_t>(first) % 16 / sizeof(T);
         end = begin + length;
         scores = first - begin;
-        out = p.indices + (static_cast<int64_t>(row) + (anywhere ? p.chunk[0] : 0)) * p.topk;
+        out = p.indices + static_cast<int64_t>(row) * p.topk;
     }
 
     __device__ int length() const { return end - begin; }

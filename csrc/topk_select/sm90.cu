@@ -79,12 +79,9 @@ void launch_bracket(TopkSelectParams& p, cudaStream_t stream) {
     const auto launch = [&]<int kThreads>() {
         auto* kernel = topk_select_bracket_kernel<T, kThreads>;
         allow_shared_memory(kernel, kMostSharedBytes);
-        // Of a chunk, which may have few rows or none, as many blocks as run at a time.
-        const int at_once = kBracketThreadsOfSm / kThreads * num_multiprocessors();
-        launch_after(stream, kernel, p.chunk ? std::min(p.rows, at_once) : p.rows, kThreads,
-                     bracket_bytes(p.width, p.topk), 1, p);
+        launch_after(stream, kernel, p.rows, kThreads, bracket_bytes(p.width, p.topk), 1, p);
     };
-    // Few threads a row, and so many rows an SM, as long as L2 holds the rows of all SMs.
+    // Few threads a row, and more the fewer rows have room on an SM.
     if (p.width <= 8192) {
         launch.template operator()<128>();
     } else if (p.width <= 16384) {
@@ -131,8 +128,9 @@ void launch_streamed(TopkSelectParams& p, cudaStream_t stream) {
 
 template <typename T>
 void launch(TopkSelectParams& p, cudaStream_t stream) {
+    constexpr int kMostBracketed = 32768;
     const bool is_short = p.width <= kMostBracketed;
-    const int blocks = p.chunk ? 1 : blocks_of_row(p, is_short);
+    const int blocks = blocks_of_row(p, is_short);
     if (blocks > 1) {
         launch_resident<T>(p, blocks, stream);
     } else if (is_short) {
