@@ -70,25 +70,29 @@ constexpr int kBins = 1 << kLogBins;
 constexpr int kNoBin = kBins;
 
 // Equal bins over a range, for any score: what lies outside counts in the first and the last, NaN
-// in the first. The distance from `low`, held to [0, 1], becomes the last bits of a sum; so a bin
-// never falls as the score rises.
+// in the first. The distance from `low`, held to [0, 1], becomes the last bits of a sum. Two
+// roundings, neither of which falls as the score rises, so a bin never does.
 struct EqualBins {
     static constexpr uint32_t kFirst = 0x4b000000;  // 2^23, a float whose last bit counts ones
+    static constexpr float kSteepest = 1e30f;       // for a range of one value
+    float scale;
+    float shift;
     float low;
     float width;
-    float scale;
 
     __device__ EqualBins(float low_, float high)
-        : low(low_), width((high - low_) / (kBins - 1)), scale(1.0f / (high - low_)) {}
+        : scale(fminf(1.0f / (high - low_), kSteepest)),
+          shift(-low_ * scale),
+          low(low_),
+          width((high - low_) / (kBins - 1)) {}
     // kFirst for the first bin.
     __device__ uint32_t number(float score) const {
-        const float place = __saturatef((score - low) * scale);
+        const float place = __saturatef(fmaf(score, scale, shift));
         return __float_as_uint(fmaf(place, kBins - 1, __uint_as_float(kFirst)));
     }
     __device__ int bin(float score) const { return number(score) - kFirst; }
-    // No score of a bin lies below, and none above; a few of its neighbours lie between.
+    // About where a bin begins.
     __device__ float lower(int bin) const { return low + (bin - 0.5625f) * width; }
-    __device__ float upper(int bin) const { return low + (bin + 0.5625f) * width; }
 };
 
 // The smallest and the largest of some scores that are finite. low > high if there are none.
@@ -152,9 +156,15 @@ __device__ auto dense(const Candidate* entries, int n) {
     return CandidateList<decltype(count)>{entries, Group::kWarps, stride, count};
 }
 
-// Calls f(keys, entries) with arrays of kLaneCandidates for all candidates, each warp a piece at a
-// time, all its lanes together. The keys order as the scores do; those that are not there are 0.
+// Calls f(keys, entries) with arrays for all candidates, as many at a time as the list chooses,
+// each warp a piece at a time, all its lanes together. The keys order as the scores do; those that
+// are not there are 0.
 constexpr int kLaneCandidates = 8;
+template <typename T, int kSize>
+__device__ constexpr int length_of(const T (&)[kSize]) {
+    return kSize;
+}
+
 template <class Group, class List, class F>
 __device__ __forceinline__ void for_each(const Group& group, const List& list, const F& f) {
 #pragma unroll 1  // code that does not fit the instruction cache costs more than a loop

@@ -184,19 +184,24 @@ struct TokenRun {
 };
 
 // The queries of the block into shared memory, column by column; zeros for tokens past the end. By
-// all scorers, who meet before the first product reads them.
-template <class Shape>
-__device__ void load_queries(const IndexerScoreParams& p, ScoreStorage<Shape>& s, int first_token) {
+// all scorers, who meet before the first product reads them; when meet() returns, with the first of
+// the loads on their way, what was there is no longer needed.
+template <class Shape, class Meet>
+__device__ void load_queries(const IndexerScoreParams& p, ScoreStorage<Shape>& s, int first_token,
+                             const Meet& meet) {
     constexpr int kColumns = Shape::kColumns * Shape::kTokenGroups;
     constexpr int kPieces = Shape::kDim / 16, kAll = kColumns * kPieces;
     constexpr int kInFlight = 4;
 #pragma unroll 1
-    for (int begin = threadIdx.x; begin < kAll; begin += kInFlight * kScoreThreads) {
+    for (int round = 0; round < kAll; round += kInFlight * kScoreThreads) {
+        uint32_t begin = round + threadIdx.x;
+        keep_address(begin);  // what follows from it is not held from block to block
         uint4 values[kInFlight] = {};
         uint8_t* targets[kInFlight];
 #pragma unroll
         for (int n = 0; n < kInFlight; ++n) {
-            const int i = begin + n * kScoreThreads, column = i / kPieces, piece = i % kPieces;
+            const uint32_t i = begin + n * kScoreThreads;
+            const int column = i / kPieces, piece = i % kPieces;
             const int quad = column / 2 % 4, own = column % Shape::kColumns / 8 * 2 + column % 2;
             const int token = first_token + column / Shape::kColumns * Shape::kGroupTokens +
                               Shape::token(quad, own / Shape::kLaneHeads);
@@ -207,6 +212,7 @@ __device__ void load_queries(const IndexerScoreParams& p, ScoreStorage<Shape>& s
             const int swizzled = piece ^ (Shape::kDim == 128 ? column % 8 : column / 2 % 4);
             targets[n] = s.queries[0] + column * Shape::kDim + 16 * swizzled;
         }
+        if (round == 0) meet();
 #pragma unroll
         for (int n = 0; n < kInFlight; ++n)
             if (begin + n * kScoreThreads < kAll) *reinterpret_cast<uint4*>(targets[n]) = values[n];
@@ -238,6 +244,18 @@ struct TileRange {
     // The first key of a tile.
     __device__ int key(int tile) const { return tile * step * kTileKeys; }
 };
+
+// Starts to load a tile of packed keys, from number `key` of the run on, into a stage that is
+// empty.
+template <class Shape>
+__device__ __forceinline__ void load_packed(const KeyMaps& maps, ScoreStorage<Shape>& s, int ring,
+                                            int stage, const TokenRun& run, int key) {
+    uint64_t* full = &s.full[ring][stage];
+    mbarrier_arrive_expect(full, 2 * Shape::kHalfBytes + 4 * kLoadedScales);
+    tma_load(maps.keys, full, s.keys[ring][stage], 0, run.first_key + key);
+    tma_load(maps.scales, full, s.scales[ring][stage],
+             (maps.first_scale(run.first_key) & ~3) + key);
+}
 
 // The loader's side, a warp for each ring: the tiles of a run. The lanes read page numbers ahead.
 template <class Shape>
@@ -284,12 +302,7 @@ struct KeyLoader {
         float* scales = s.scales[ring][position.stage];
         constexpr int kScaleBytes = kKeys * 4;
         mbarrier_wait(&s.empty[ring][position.stage], position.parity ^ 1);
-        if constexpr (!Shape::kPaged) {
-            mbarrier_arrive_expect(full, 2 * Shape::kHalfBytes + 4 * kLoadedScales);
-            tma_load(maps.keys, full, keys, 0, run.first_key + key);
-            tma_load(maps.scales, full, scales, (maps.first_scale(run.first_key) & ~3) + key);
-            return;
-        }
+        if constexpr (!Shape::kPaged) return load_packed(maps, s, ring, position.stage, run, key);
         constexpr int kPageFloats = kKeys * (Shape::kDim + 4) / 4;
         const int halves = key + kKeys < run.keys ? 2 : 1;
         const bool exists[2] = {0 <= pages[0] && pages[0] < p.num_pages,

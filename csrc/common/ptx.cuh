@@ -14,10 +14,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // 9.7.13.1 barrier.sync.aligned: `threads` threads of the block, whole warps, meet at barrier `id`.
 // Lanes that are still apart after a branch come together first. (The form for lanes on their own
-// takes ten instructions more.)
+// takes ten instructions more.) Who only arrives does not wait.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     __syncwarp();
     asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    __syncwarp();
+    asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // 9.7.17.5 setmaxnreg: registers a thread of this warpgroup from here on.
@@ -102,17 +107,21 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
         : "memory");
 }
 
-// 9.7.13.15 mbarrier.try_wait until the phase of this parity is over.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+// 9.7.13.15 mbarrier.try_wait: whether the phase of this parity is over; and until it is.
+__device__ __forceinline__ bool mbarrier_is_over(uint64_t* barrier, uint32_t parity) {
     uint32_t done;
-    do {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
-            "selp.u32 %0, 1, 0, p; }"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
-    } while (!done);
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+    while (!mbarrier_is_over(barrier, parity)) {
+    }
 }
 
 // 9.7.13.4 membar: shared memory written by ordinary stores, before wgmma or TMA reads it; or read
@@ -121,15 +130,27 @@ __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// 9.7.9.25 cp.async: 16 bytes into shared memory, and the wait for all of this thread.
+// 9.7.9.25 cp.async: 16 bytes into shared memory; the wait for all of this thread; groups of them,
+// and the wait for all but the last kPending groups.
+__device__ __forceinline__ void copy_async(uint32_t target, const void* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
 __device__ __forceinline__ void copy_async(void* target, const void* source) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
-                 "l"(source)
-                 : "memory");
+    copy_async(shared_address(target), source);
 }
 
 __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait_group() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // How long L2 keeps what is loaded, as 9.7.9.16 createpolicy words it. What is read once goes
@@ -163,6 +184,11 @@ __device__ __forceinline__ void bulk_load(void* target, const void* source, uint
             "l"(source), "r"(bytes), "r"(shared_address(barrier))
             : "memory");
     }
+}
+
+// 9.7.9.25.4.4 cp.async.bulk.prefetch.L2: multiples of 16 bytes on 16 bytes.
+__device__ __forceinline__ void prefetch_into_l2(const void* source, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
 
 // 9.7.9.27 cp.async.bulk.tensor: the box of a tensor map at x, (x, y) or (x, y, z), into shared
@@ -216,6 +242,16 @@ __device__ __forceinline__ void shared_or(uint32_t word, uint32_t bits) {
 }
 
 // 9.7.9.11 st: two words to an address in shared memory where `active`, without a branch.
+// 9.7.9.8 ld: four floats at an address in shared memory.
+__device__ __forceinline__ float4 shared_load_four(uint32_t address) {
+    float4 four;
+    asm volatile("ld.shared::cta.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+                 : "r"(address)
+                 : "memory");
+    return four;
+}
+
 __device__ __forceinline__ void shared_store(uint32_t address, float first, int second,
                                              bool active) {
     asm volatile(
@@ -275,6 +311,10 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[N]) {
 template <typename T>
 __device__ __forceinline__ void keep_address(T*& pointer) {
     asm volatile("" : "+l"(pointer));
+}
+
+__device__ __forceinline__ void keep_address(uint32_t& address) {
+    asm volatile("" : "+r"(address));
 }
 
 // 9.7.3.11 max: NaN if one of the two is.

@@ -211,8 +211,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
         const auto start = [&](int block) {
             const int first_token = p.first_token + block * Shape::kTokens;
             scorer.load_weights(p, first_token);
-            meet();  // the last queries are done with
-            load_queries(p, s.score, first_token);
+            load_queries(p, s.score, first_token, meet);  // the last ones are done with
             meet();
         };
         for_each_run(start, [&](const TokenRun& run, TileRange tiles, int block) {

@@ -2,19 +2,16 @@
 // selects from the list of candidates that the scorers appended.
 #pragma once
 
-#include "common/candidates.cuh"
-#include "common/indexer_tile.cuh"
-#include "indexer_topk/params.h"
+#include "indexer_topk/rows.cuh"
 
 namespace dsa {
 
-constexpr int kScoreWarps = kScoreThreads / 32;
 constexpr int kSegments = kScoreThreads / 4;  // of a list: a quad scores a key for all tokens
 constexpr int kSpareEntries = 3;              // of a segment
 
 template <class Shape>
 struct alignas(1024) TopkStorage {
-    static constexpr int kBitmapWords = Shape::kDim == 64 ? 4096 : 2048;
+    static constexpr int kBitmapWords = row_words(Shape::kDim);
     static constexpr int kSampled = kBitmapWords;  // keys of a token, at most
     static_assert(Shape::kTokens <= kScoreWarps);  // a warp for each list
 
@@ -35,17 +32,6 @@ struct alignas(1024) TopkStorage {
     // known.
     uint64_t told, heard, settled;
 };
-
-// Where the list of token t begins in the workspace.
-template <class Shape>
-__device__ uint32_t list_begin(const IndexerTopkParams& p, int t) {
-    return (blockIdx.x * Shape::kTokens + t) * p.capacity;
-}
-
-template <class Shape>
-__device__ Candidate* list_of(const IndexerTopkParams& p, int t) {
-    return p.candidates + list_begin<Shape>(p, t);
-}
 
 // The segments of a list lie side by side: entry e of number i at begin + e * kSegments + i. The
 // last kSpareEntries take what finds no room.
@@ -137,10 +123,6 @@ __device__ __forceinline__ void for_each(const ThreadGroup<32>&, const ColumnLis
             keys[u] = there[u] ? order_key(entries[u].score) : 0;
         f(keys, entries);
     });
-}
-
-__device__ __forceinline__ ThreadGroup<32> this_warp() {
-    return {static_cast<int>(threadIdx.x % 32), 0};
 }
 
 // Guesses the bound of token t from its sample, by a warp: 1024 equal bins over the sample's range.
@@ -250,7 +232,7 @@ __device__ void settle_list(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
     const ThreadGroup<32> group = this_warp();
     const int warp = threadIdx.x / 32;
     SelectScratch& scratch = s.scratch[warp];
-    int32_t* row = p.indices + static_cast<int64_t>(first_token + t) * p.topk;
+    int32_t* row = indices_of(p, first_token + t);
     const float guess = s.bound[t];
     bool enough = list.total >= p.topk && list.whole;
     if (!certain && guess == guess && enough) {

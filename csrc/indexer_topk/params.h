@@ -13,7 +13,8 @@ struct IndexerTopkParams : IndexerScoreParams {
     int32_t* next_block;    // zero: how many blocks of tokens are taken
     int32_t token_blocks;
     int32_t topk;
-    int32_t capacity;  // of a list, a multiple of 4; a row takes the room of a list
+    int32_t capacity;  // of a list, a multiple of 4
+    int32_t room;      // in place of a list, for all scores of a row
     int32_t front;     // of a list that is cut: room for topk
 };
 

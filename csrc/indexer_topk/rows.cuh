@@ -9,29 +9,39 @@
 // select of common/candidates.cuh finds that.
 #pragma once
 
-#include "indexer_topk/lists.cuh"
+#include <type_traits>
+
+#include "indexer_topk/workspace.cuh"
 
 namespace dsa {
 
-constexpr int kWalkWords = 12;  // columns of a lane in a step of a walk; more spill
-constexpr int kWalkColumns = 32 * kWalkWords;
-constexpr int kMostRanked = 128;  // columns of a bin
+constexpr int kWholeColumns = 512;  // rows begin at multiples of these: whole steps of a walk
+constexpr int kMostKept = kLargestCapacity * sizeof(Candidate) / sizeof(float);
+constexpr int kMostKeptWords = kMostKept / 32;  // of a bit a column
+constexpr int kMostRanked = 128;                // columns of a bin
 
-// How many scores of a row have room in place of a list, a multiple of what a walk takes at a time.
-__host__ __device__ inline int kept_columns(int capacity) {
-    return capacity * static_cast<int>(sizeof(Candidate) / sizeof(float)) / kWalkColumns *
-           kWalkColumns;
+// How many scores of a row have room in place of a list.
+inline int kept_columns(int capacity) {
+    return capacity * static_cast<int>(sizeof(Candidate) / sizeof(float)) / kWholeColumns *
+           kWholeColumns;
 }
 
-template <class Shape>
-__device__ float* row_of(const IndexerTopkParams& p, int t) {
-    return reinterpret_cast<float*>(list_of<Shape>(p, t));
-}
+// Shared memory of a warp that selects: two bits a column, then the stages of a walk.
+__host__ __device__ constexpr int row_words(int dim) { return dim == 64 ? 4096 : 2048; }
 
-// A row as a list for the radix select.
+// All scores of a token, in a ring of `room` places from number `start` on. It serves as a list for
+// the radix select.
 struct KeptRow {
-    const float* scores;
+    const float* ring;
+    int room;
+    int start;
     int length;
+
+    __device__ const float* place(int column) const {
+        const int place = start + column;
+        return ring + (place < room ? place : place - room);
+    }
+    __device__ float score(int column) const { return __ldcg(place(column)); }
 };
 
 template <class F>
@@ -44,133 +54,184 @@ __device__ __forceinline__ void for_each(const ThreadGroup<32>& group, const Kep
 #pragma unroll
         for (int u = 0; u < kLaneCandidates; ++u) {
             const int i = base + 32 * u + group.lane();
-            own[u] = {i < row.length ? __ldcg(row.scores + i) : 0.0f, i};
+            own[u] = {i < row.length ? row.score(i) : 0.0f, i};
             keys[u] = i < row.length ? order_key(own[u].score) : 0;
         }
         f(keys, own);
     }
 }
 
-// Part of a walk: a lane's scores of every 32nd column from `first` + its number on.
-struct WalkStep {
-    float score[kWalkWords];
-    int first;
-    int rest;  // columns of the row from the lane's first one on
+// Walks over a row, by a warp, in steps of which kStages - 1 are on their way to shared memory. A
+// lane gets kOwn neighbouring columns of a step; so that lanes read theirs from different banks,
+// they are stored with their 16-byte pieces exchanged among those of eight.
+template <int kOwn, int kStages>
+struct RowWalk {
+    static constexpr int kColumns = 32 * kOwn, kPieces = kOwn / 4;
+    static_assert(kWholeColumns % kColumns == 0 && kPieces <= 4);
 
-    __device__ void load(const KeptRow& row, int first_column) {
-        const int lane = threadIdx.x % 32;
-        first = first_column;
-        rest = row.length - first - lane;
-#pragma unroll
-        for (int j = 0; j < kWalkWords; ++j)  // what is behind the row has room too
-            score[j] = __ldcg(row.scores + first + 32 * j + lane);
-    }
-    __device__ bool is_there(int j) const { return 32 * j < rest; }
-    // Calls f(whether word j has a column for this lane) in the form that needs no comparison where
-    // the row goes on.
-    template <class F>
-    __device__ void for_all(const F& f) const {
-        if (__all_sync(~0u, is_there(kWalkWords - 1))) {
-            f([](int) { return true; });
-        } else {
-            f([&](int j) { return is_there(j); });
+    const KeptRow& row;
+    const uint32_t stages;  // address in shared memory of kStages * kColumns floats
+    int fetched, place;  // of the next step to fetch: its first column, where it lies in the ring
+
+    // A lane's part of a step.
+    struct Step {
+        float score[kOwn];
+        int first;  // column
+        int rest;   // columns of the row from that one on
+
+        __device__ bool is_there(int j) const { return j < rest; }
+        // Calls f(whether score j is there) in the form that needs no comparison where the row goes
+        // on.
+        template <class F>
+        __device__ void for_all(const F& f) const {
+            if (__all_sync(~0u, is_there(kOwn - 1))) {
+                f([](int) { return true; });
+            } else {
+                f([&](int j) { return is_there(j); });
+            }
         }
+    };
+
+    __device__ RowWalk(const KeptRow& row_, void* stages_)
+        : row(row_), stages(shared_address(stages_)) {}
+
+    __device__ uint32_t stage(int column) const {
+        return stages + column / kColumns % kStages * kColumns * sizeof(float);
+    }
+    __device__ void fetch() {
+        const int lane = threadIdx.x % 32;
+        if (fetched < row.length) {
+            uint32_t target = stage(fetched) + (lane ^ (lane / 8 & (kPieces - 1))) * 16;
+            const float* source = row.ring + place + 4 * lane;
+            keep_address(target);
+#pragma unroll
+            for (int i = 0; i < kColumns; i += 128)
+                copy_async(target + i * sizeof(float), source + i);
+        }
+        copy_async_commit();
+        fetched += kColumns;
+        place += kColumns;
+        if (place == row.room) place = 0;
+    }
+    __device__ void start() {
+        fetched = 0;
+        place = row.start;
+#pragma unroll 1
+        for (int step = 0; step < kStages - 1; ++step) fetch();
+    }
+    // Waits for a step; then all lanes are done with the one before.
+    __device__ void arrive() const {
+        copy_async_wait_group<kStages - 2>();
+        __syncwarp();
+    }
+    __device__ Step step(int column) const {
+        const int lane = threadIdx.x % 32;
+        Step own;
+        own.first = column + kOwn * lane;
+        own.rest = row.length - own.first;
+        const uint32_t pieces = stage(column) + kOwn * lane * sizeof(float);
+        const uint32_t exchange = (kPieces * lane / 8 & (kPieces - 1)) * 16;
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+            const float4 four = shared_load_four(pieces + (16 * i ^ exchange));
+            own.score[4 * i] = four.x, own.score[4 * i + 1] = four.y;
+            own.score[4 * i + 2] = four.z, own.score[4 * i + 3] = four.w;
+        }
+        return own;
+    }
+    // Calls f(step) for all steps of a walk that has started.
+    template <class F>
+    __device__ __forceinline__ void go(const F& f) {
+#pragma unroll 1
+        for (int column = 0; column < row.length; column += kColumns) {
+            arrive();
+            fetch();
+            f(step(column));
+        }
+        __syncwarp();
     }
 };
 
-// Calls f(step) for all steps of a walk, of which `one` is the first; the next one is on its way.
-template <class F>
-__device__ __forceinline__ void walk(const KeptRow& row, WalkStep& one, const F& f) {
-    WalkStep two;
-#pragma unroll 1
-    for (int first = 0;; first += 2 * kWalkColumns) {
-        const int second = first + kWalkColumns, third = second + kWalkColumns;
-        if (second < row.length) two.load(row, second);
-        f(one);
-        if (second >= row.length) return;
-        if (third < row.length) one.load(row, third);
-        f(two);
-        if (third >= row.length) return;
-    }
-}
-
-// Counts all scores in bins; returns these.
-__device__ __forceinline__ EqualBins count_row(const KeptRow& row, SelectScratch& scratch) {
-    WalkStep step;
-    step.load(row, 0);
+// Counts all scores in bins, in a walk that has started; returns these.
+template <int kOwn, int kStages>
+__device__ __forceinline__ EqualBins count_row(RowWalk<kOwn, kStages>& walk,
+                                               SelectScratch& scratch) {
     clear_histogram(this_warp(), scratch);
+    walk.arrive();
     ScoreRange range;
+    const auto first = walk.step(0);
 #pragma unroll
-    for (int j = 0; j < kWalkWords; ++j) range.add(step.score[j], step.is_there(j));
+    for (int j = 0; j < kOwn; ++j) range.add(first.score[j], first.is_there(j));
     range.add_lanes();
     const EqualBins bins(range.low, range.high);
     const uint32_t histogram = shared_address(scratch.histogram) - 4 * EqualBins::kFirst;
     constexpr uint32_t kNowhere = EqualBins::kFirst + kNoBin;
-    walk(row, step, [&](const WalkStep& own) {
+    walk.go([&](const auto& own) {
         own.for_all([&](const auto& is_there) {
 #pragma unroll
-            for (int j = 0; j < kWalkWords; ++j)
+            for (int j = 0; j < kOwn; ++j)
                 shared_add(histogram + (is_there(j) ? bins.number(own.score[j]) : kNowhere) * 4, 1);
         });
     });
-    __syncwarp();
     return bins;
 }
 
 // Two bits a column: whether its score is better than what is looked for, and whether it is at
 // least as good.
-template <int kMostWords>
 struct RowBits {
     uint32_t* better;
     int words;
 
-    __device__ uint32_t* passing() const { return better + kMostWords; }
+    __device__ uint32_t* passing() const { return better + kMostKeptWords; }
     __device__ uint32_t inside(int i) const { return i < words ? passing()[i] & ~better[i] : 0; }
 
-    __device__ __forceinline__ void mark(const KeptRow& row, WalkStep& step, const EqualBins& bins,
-                                         uint32_t cut_number) const {
-        const int lane = threadIdx.x % 32;
-        walk(row, step, [&](const WalkStep& own) {
-            own.for_all([&](const auto& is_there) {
+    // In a walk that has started: compare(score, above, below) moves both words on by a bit.
+    template <int kOwn, int kStages, class Compare>
+    __device__ __forceinline__ void mark(RowWalk<kOwn, kStages>& walk,
+                                         const Compare& compare) const {
+        using Bits = std::conditional_t<kOwn == 16, uint16_t, uint8_t>;
+        static_assert(kOwn == 8 * sizeof(Bits));
+        walk.go([&](const auto& own) {
+            uint32_t above = 0, below = 0;
 #pragma unroll
-                for (int j = 0; j < kWalkWords; j += 4) {
-                    uint32_t above[4], from[4];
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const uint32_t number = bins.number(own.score[j + i]);
-                        above[i] = __ballot_sync(~0u, is_there(j + i) && number > cut_number);
-                        from[i] = __ballot_sync(~0u, is_there(j + i) && number >= cut_number);
-                    }
-                    const int word = own.first / 32 + j;
-                    if (lane == 0) {
-                        *reinterpret_cast<uint4*>(better + word) = {above[0], above[1], above[2],
-                                                                    above[3]};
-                        *reinterpret_cast<uint4*>(passing() + word) = {from[0], from[1], from[2],
-                                                                       from[3]};
-                    }
-                }
-            });
+            for (int j = kOwn - 1; j >= 0; --j) compare(own.score[j], above, below);
+            const uint32_t there = (1u << min(max(own.rest, 0), kOwn)) - 1;
+            const int place = own.first / kOwn;
+            reinterpret_cast<Bits*>(better)[place] = above & there;
+            reinterpret_cast<Bits*>(passing())[place] = ~below & there;
         });
-        __syncwarp();
     }
 
-    // If the topk-th score equals that of the first column inside, as on a plateau, marks the set.
-    __device__ bool mark_plateau(const KeptRow& row, int topk) const {
+    // By bins. A difference's sign is the next bit: no predicates, which would wait for each other.
+    template <class Walk>
+    __device__ __forceinline__ void mark_bins(Walk& walk, const EqualBins& bins,
+                                              uint32_t cut_number) const {
+        mark(walk, [&](float score, uint32_t& above, uint32_t& below) {
+            const uint32_t number = bins.number(score);
+            above = __funnelshift_l(cut_number - number, above, 1);
+            below = __funnelshift_l(number - cut_number, below, 1);
+        });
+    }
+
+    // If the topk-th score equals the one that most lanes find inside first, as on a plateau, marks
+    // the set.
+    template <class Walk>
+    __device__ bool mark_plateau(Walk& walk, const KeptRow& row, int topk) const {
         const int lane = threadIdx.x % 32;
-        int first = row.length;
-        for (int i = lane; i < words; i += 32)
-            if (const uint32_t word = inside(i); word != 0)
-                first = min(first, 32 * i + __ffs(word) - 1);
-        const float value = __ldcg(row.scores + __reduce_min_sync(~0u, first));
+        walk.start();
+        int first = -1;
 #pragma unroll 1
-        for (int i = 0; i < words; ++i) {
-            const int column = 32 * i + lane;
-            const float score = column < row.length ? __ldcg(row.scores + column) : NAN;
-            const uint32_t above = __ballot_sync(~0u, score > value);
-            const uint32_t from = __ballot_sync(~0u, score >= value);
-            if (lane == 0) better[i] = above, passing()[i] = from;
-        }
-        __syncwarp();
+        for (int i = lane; i < words && first < 0; i += 32)
+            if (const uint32_t word = inside(i); word != 0) first = 32 * i + __ffs(word) - 1;
+        const float own = first < 0 ? NAN : row.score(first);
+        const int alike = __popc(__match_any_sync(~0u, order_key(own)));
+        const int most = first < 0 ? 0 : alike;
+        const uint32_t winners = __ballot_sync(~0u, most == __reduce_max_sync(~0u, most));
+        const float value = __shfl_sync(~0u, own, __ffs(winners) - 1);
+        mark(walk, [&](float score, uint32_t& above, uint32_t& below) {
+            above = 2 * above + (score > value);
+            below = 2 * below + !(score >= value);
+        });
         int above = 0, equal = 0;
         for (int i = lane; i < words; i += 32)
             above += __popc(better[i]), equal += __popc(inside(i));
@@ -192,40 +253,34 @@ struct RowBits {
     }
 };
 
-// Writes the positions of the bits of `words` words, ascending: 32 words at a time, a lane those of
-// one from both ends.
+// Writes the positions of the bits of `words` words, ascending: all lanes those of one word, whose
+// place is known from a sum over 32 of them.
 __device__ __forceinline__ void write_bits(const uint32_t* bitmap, int words,
                                            SelectScratch& scratch, int32_t* out) {
     const int lane = threadIdx.x % 32;
-    auto* staged = reinterpret_cast<int32_t*>(scratch.histogram);
-    static_assert(32 * 32 <= kBins);
+    auto* placed = reinterpret_cast<uint2*>(scratch.histogram);  // a word and its first place
+    const uint32_t own_bit = 1u << lane;
+    int place = 0;
 #pragma unroll 1
     for (int base = 0; base < words; base += 32) {
-        const int i = base + lane;
-        uint32_t word = i < words ? bitmap[i] : 0;
-        const int bits = __popc(word), inclusive = sum_up_to(bits);
-        int32_t* low = staged + inclusive - bits;
-        int32_t* high = staged + inclusive;
-#pragma unroll 1
-        while (word != 0) {  // the same one twice, if it is the last
-            const int bit = 31 - __clz(word);
-            *low++ = 32 * i + __ffs(word) - 1;
-            *--high = 32 * i + bit;
-            word ^= 1u << bit;
-            word &= word - 1;
-        }
+        const uint32_t word = base + lane < words ? bitmap[base + lane] : 0;
+        const int inclusive = sum_up_to(__popc(word));
+        placed[lane] = {word, static_cast<uint32_t>(place + inclusive - __popc(word))};
+        place += __shfl_sync(~0u, inclusive, 31);
         __syncwarp();
-        const int here = __shfl_sync(~0u, inclusive, 31);
-#pragma unroll 4
-        for (int j = lane; j < here; j += 32) out[j] = staged[j];
-        out += here;
+#pragma unroll 8
+        for (int i = 0; i < 32; i += 2) {
+            const uint4 two = *reinterpret_cast<const uint4*>(placed + i);
+            const int column = 32 * (base + i) + lane;
+            if (two.x & own_bit) out[two.y + __popc(two.x & (own_bit - 1))] = column;
+            if (two.z & own_bit) out[two.w + __popc(two.z & (own_bit - 1))] = column + 32;
+        }
         __syncwarp();
     }
 }
 
 // Marks the best `wanted` of the columns inside, which are listed for that.
-template <class Bits>
-__device__ __forceinline__ void mark_inside(const Bits& bits, const KeptRow& row, uint2* list,
+__device__ __forceinline__ void mark_inside(const RowBits& bits, const KeptRow& row, uint2* list,
                                             int wanted) {
     const int lane = threadIdx.x % 32;
     int listed = 0;
@@ -240,7 +295,7 @@ __device__ __forceinline__ void mark_inside(const Bits& bits, const KeptRow& row
         }
     }
     __syncwarp();
-    for (int i = lane; i < listed; i += 32) list[i].x = order_key(__ldcg(row.scores + list[i].y));
+    for (int i = lane; i < listed; i += 32) list[i].x = order_key(row.score(list[i].y));
     __syncwarp();
 #pragma unroll 1
     for (int i = lane; i < listed; i += 32) {
@@ -256,29 +311,29 @@ __device__ __forceinline__ void mark_inside(const Bits& bits, const KeptRow& row
     __syncwarp();
 }
 
-// Selects for token t, which sees more than topk keys, by a warp.
-template <class Shape>
-__device__ void select_row(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
-                           int first_token) {
+// Selects for a token that sees more than topk keys, by a warp. Calls is_read() when it no longer
+// needs the row.
+template <int kDim, class IsRead>
+__device__ void select_row(const KeptRow& row, SelectScratch& scratch, uint32_t* words, int topk,
+                           int32_t* out, const IsRead& is_read) {
+    using Walk = RowWalk<kDim == 64 ? 16 : 8, 4>;
+    static_assert(2 * kMostKeptWords + 4 * Walk::kColumns <= row_words(kDim));
     const ThreadGroup<32> group = this_warp();
-    SelectScratch& scratch = s.scratch[threadIdx.x / 32];
-    const KeptRow row{row_of<Shape>(p, t), s.tokens[t].visible};
-    int32_t* const out = p.indices + static_cast<int64_t>(first_token + t) * p.topk;
-    uint32_t* const bitmap = s.bitmap[threadIdx.x / 32];
-    const RowBits<TopkStorage<Shape>::kBitmapWords / 2> bits{bitmap, (row.length + 31) / 32};
-    const EqualBins bins = count_row(row, scratch);
-    WalkStep step;
-    step.load(row, 0);
-    const Cut cut = find_bin(group, scratch, p.topk);
-    bits.mark(row, step, bins, cut.value + EqualBins::kFirst);
+    const RowBits bits{words, (row.length + 31) / 32};
+    Walk walk(row, words + 2 * kMostKeptWords);
+    walk.start();
+    const EqualBins bins = count_row(walk, scratch);
+    walk.start();
+    const Cut cut = find_bin(group, scratch, topk);
+    bits.mark_bins(walk, bins, cut.value + EqualBins::kFirst);
     if (cut.count <= kMostRanked) {
         mark_inside(bits, row, reinterpret_cast<uint2*>(scratch.histogram), cut.wanted);
-    } else if (!bits.mark_plateau(row, p.topk)) {
-        const Threshold threshold = find_threshold(group, scratch, row, p.topk);
-        write_ascending<TopkStorage<Shape>::kBitmapWords>(group, scratch, row, threshold,
-                                                          row.length, bitmap, out);
-        return;
+    } else if (!bits.mark_plateau(walk, row, topk)) {
+        const Threshold threshold = find_threshold(group, scratch, row, topk);
+        write_ascending<row_words(kDim)>(group, scratch, row, threshold, row.length, words, out);
+        return is_read();
     }
+    is_read();
     write_bits(bits.better, bits.words, scratch, out);
 }
 

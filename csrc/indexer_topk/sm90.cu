@@ -7,6 +7,7 @@
 
 #include "common/indexer_launch.h"
 #include "indexer_logits/launch.h"
+#include "indexer_topk/kept.cuh"
 #include "indexer_topk/sm90.cuh"
 #include "topk_select/launch.h"
 
@@ -14,16 +15,15 @@ namespace dsa {
 namespace {
 
 constexpr int64_t kWorkspaceBytes = 60 << 20;
-constexpr int kLargestCapacity = 8192;  // of a list
+constexpr int kFewestKeptHeads = 16;  // with fewer, scores are made faster than selected from
 
 template <class Shape>
 void launch(IndexerTopkParams& p, const KeyMaps& maps, const Tensor& like, cudaStream_t stream) {
-    constexpr int kStorageBytes = sizeof(TopkStorage<Shape>) + 1024;
-    static_assert(kStorageBytes <= kMostSharedBytes);
     p.token_blocks = (p.tokens + Shape::kTokens - 1) / Shape::kTokens;
     const int blocks = std::min(p.token_blocks, num_multiprocessors());
     const int64_t in_workspace = kWorkspaceBytes / (8 * Shape::kTokens * blocks);
     p.capacity = static_cast<int32_t>(std::min<int64_t>(in_workspace, kLargestCapacity) / 4 * 4);
+    p.room = kept_columns(p.capacity);
     p.front = (p.topk + 3) / 4 * 4;
     STD_TORCH_CHECK(
         p.capacity - p.front >= kSegments * (kFewestRounds * kThreadKeys + kSpareEntries),
@@ -35,9 +35,17 @@ void launch(IndexerTopkParams& p, const KeyMaps& maps, const Tensor& like, cudaS
     p.next_block = reinterpret_cast<int32_t*>(p.candidates + entries);
     const cudaError_t error = cudaMemsetAsync(p.next_block, 0, sizeof(int32_t), stream);
     STD_TORCH_CHECK(error == cudaSuccess, "cudaMemsetAsync: ", cudaGetErrorString(error));
-    allow_shared_memory(indexer_topk_kernel<Shape>, kStorageBytes);
-    indexer_topk_kernel<Shape><<<blocks, kIndexerThreads, kStorageBytes, stream>>>(maps, p);
-    check_launch("indexer_topk_kernel");
+    const auto run = [&](auto* kernel, int threads, int storage_bytes) {
+        storage_bytes += 1024;  // to begin on so many
+        STD_TORCH_CHECK(storage_bytes <= kMostSharedBytes);
+        allow_shared_memory(kernel, storage_bytes);
+        kernel<<<blocks, threads, storage_bytes, stream>>>(maps, p);
+        check_launch("indexer_topk");
+    };
+    if constexpr (Shape::kHeads >= kFewestKeptHeads)
+        if (p.width <= p.room)
+            return run(indexer_topk_kept_kernel<Shape>, kKeptThreads, sizeof(KeptStorage<Shape>));
+    run(indexer_topk_kernel<Shape>, kIndexerThreads, sizeof(TopkStorage<Shape>));
 }
 
 // How many tokens' scores have room in the workspace.
@@ -57,9 +65,13 @@ bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
     const double visible = p.width * (1 - with_keys / (2 * keys));  // of a token
     const double matrices = static_cast<double>(p.tokens / tokens_with_room(p) + 1);
     const double two_steps = (2.3e-6 + 2.8e-5 / block) * p.tokens * visible + 7 * matrices;
-    const bool kept = visible <= kWorkspaceBytes / (sizeof(float) * wave);
-    const double out_of_l2 = 3.5e-3 * std::max(visible - 8192, 0.0);
-    const double of_wave = kept ? 4.5 + 4.6e-3 * visible + out_of_l2 : 55 + 3.1e-3 * visible;
+    const double room = std::min<double>(kWorkspaceBytes / (sizeof(float) * wave), kMostKept);
+    double of_wave = 55 + 3.1e-3 * visible;
+    if (heads >= kFewestKeptHeads && p.width <= room) {
+        of_wave = 5e-3 * visible + 2.5e-3 * std::max(visible - 5000, 0.0);
+    } else if (visible <= room) {
+        of_wave = 4.5 + 4.6e-3 * visible + 3.5e-3 * std::max(visible - 8192, 0.0);
+    }
     return two_steps < 27 + waves * of_wave;
 }
 

@@ -53,23 +53,6 @@ struct RunPlan {
     }
 };
 
-// Of the tokens that a lane scores: which take part, and how many keys they see.
-template <class Shape>
-struct OwnTokens {
-    static constexpr int kOwn = Shape::kLaneTokens;
-    int first;
-    int seen[kOwn];  // 0 if the token takes no part, or is another lane's
-
-    __device__ OwnTokens(const TopkStorage<Shape>& s, int quad, uint32_t tokens)
-        : first(Shape::token(quad, 0)) {
-#pragma unroll
-        for (int a = 0; a < kOwn; ++a) {
-            const bool mine = tokens >> (first + a) & 1 && quad % Shape::kLanesPerToken == 0;
-            seen[a] = mine ? s.tokens[first + a].visible : 0;
-        }
-    }
-};
-
 // How many a thread appended to the segments of its own tokens.
 template <class Shape>
 __device__ void report(TopkStorage<Shape>& s, int quad, const int (&count)[Shape::kLaneTokens]) {
@@ -87,7 +70,7 @@ struct Sampler {
     int count[Shape::kLaneTokens] = {};
 
     __device__ Sampler(TopkStorage<Shape>& s, int quad, uint32_t tokens)
-        : own(s, quad, tokens), column(&s.sample[own.first][0][threadIdx.x / 4]) {}
+        : own(s.tokens, quad, tokens), column(&s.sample[own.first][0][threadIdx.x / 4]) {}
 
     __device__ void operator()(const typename Scorer<Shape>::Scores& scores) {
 #pragma unroll
@@ -115,7 +98,7 @@ struct Appender {
 
     __device__ Appender(const IndexerTopkParams& p, const TopkStorage<Shape>& s, int quad,
                         uint32_t tokens, const Segments& segments)
-        : own(s, quad, tokens), room(segments.room) {
+        : own(s.tokens, quad, tokens), room(segments.room) {
 #pragma unroll
         for (int a = 0; a < kOwn; ++a) {
             bound[a] = s.bound[own.first + a];
@@ -150,14 +133,14 @@ struct Appender {
 
 // Whether all scores of a run are kept, as there is room for them.
 __device__ __forceinline__ bool are_kept(const IndexerTopkParams& p, const TokenRun& run) {
-    return run.keys <= kept_columns(p.capacity);
+    return run.keys <= p.room;
 }
 
 // All keys of a run whose scores are kept: the scorers' side.
 template <class Shape>
 __device__ void select_kept(const IndexerTopkParams& p, TopkStorage<Shape>& s,
                             Scorer<Shape>& scorer, const TokenRun& run, int first_token) {
-    const OwnTokens<Shape> own(s, scorer.quad, run.tokens);
+    const OwnTokens<Shape> own(s.tokens, scorer.quad, run.tokens);
     float* row[Shape::kLaneTokens];
 #pragma unroll
     for (int a = 0; a < Shape::kLaneTokens; ++a) {
@@ -173,8 +156,12 @@ __device__ void select_kept(const IndexerTopkParams& p, TopkStorage<Shape>& s,
                              scores.key + kRowStep * r < own.seen[a]);
     });
     named_barrier_sync(kSyncScorers, kScoreThreads);
-    if (scorer.warp < Shape::kTokens && run.tokens >> scorer.warp & 1)
-        select_row(p, s, scorer.warp, first_token);
+    const int t = scorer.warp;
+    if (t < Shape::kTokens && run.tokens >> t & 1) {
+        const KeptRow own_row{row_of<Shape>(p, t), p.room, 0, s.tokens[t].visible};
+        select_row<Shape::kDim>(own_row, s.scratch[t], s.bitmap[t], p.topk,
+                                indices_of(p, first_token + t), [] {});
+    }
     named_barrier_sync(kSyncScorers, kScoreThreads);
 }
 
@@ -306,18 +293,12 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
             if (block < 0) return;
             block_parity ^= 1;
             uint32_t scored = scored_tokens(block);
-            for (int t = 0; t < Shape::kTokens && first_token + t < p.tokens; ++t) {
-                if (scored >> t & 1) continue;
-                int32_t* row = p.indices + static_cast<int64_t>(first_token + t) * p.topk;
-                const int visible = __shfl_sync(~0u, own.visible, t);
-#pragma unroll 1
-                for (int i = threadIdx.x; i < p.topk; i += kScoreThreads)
-                    row[i] = i < visible ? i : -1;
-            }
+            take_all_keys<Shape>(p, first_token, scored,
+                                 [&](int t) { return __shfl_sync(~0u, own.visible, t); });
             if (scored == 0) continue;
             if (scorer.lane == scorer.warp && scorer.warp < Shape::kTokens)
                 s.tokens[scorer.warp] = own;
-            load_queries(p, s.score, first_token);
+            load_queries(p, s.score, first_token, [] {});
             scorer.load_weights(p, first_token);
             named_barrier_sync(kSyncScorers, kScoreThreads);
             while (scored != 0) {

@@ -1,0 +1,272 @@
+// indexer_topk on Hopper where no token sees more keys than have room in the workspace (14592 at 16
+// heads): all its scores are kept, and it is selected from them (rows.cuh).
+//
+// Scoring is bound by the sums over heads, selection by latency; done in turn by the same warps
+// they took 17.2 ms for 64 sequences of 2048 to 14333 tokens, half of it each (H200). So here seven
+// warps do nothing but select, a token at a time, while the scorers are at the next tokens. Scores
+// of the next run of tokens are written behind those of the last one, in a ring for each token of
+// the block: where two runs do not fit, scorers wait in between until the selectors have read the
+// last one, which they have before they write its set.
+//
+// One warp loads keys, a lane for each ring, and takes the next tokens from a counter before the
+// scorers are done with the last, so that no one waits for it. Scorers have 192 registers, the
+// others 64: no spills.
+#pragma once
+
+#include "indexer_topk/rows.cuh"
+
+namespace dsa {
+
+constexpr int kSelectors = 7;  // warps
+constexpr int kSelectThreads = 32 * kSelectors;
+constexpr int kKeptThreads = kScoreThreads + kSelectThreads + 32;
+constexpr int kKeptScorerRegisters = 184, kHelperRegisters = 72;  // of 128 at the start
+constexpr int kBlocksAhead = 4;  // of tokens, told by the loader and not yet done with
+
+// Named barriers where scorers wait until the selectors have read a run, for even and odd numbers.
+constexpr int kSyncRead = 2;
+
+// A block of tokens, as the loader tells the scorers.
+template <int kTokens>
+struct TokenBlock {
+    int first_token;  // negative: there are no more
+    uint32_t scored;  // a bit for each token that sees more keys than topk
+    LaneToken tokens[kTokens];
+};
+
+// A run whose scores are written, as the scorers tell the selectors.
+template <int kTokens>
+struct KeptRun {
+    uint32_t tokens;  // a bit each; none: there are no more runs
+    int first_token;  // of the block
+    int start;        // of its rows in their rings
+    int visible[kTokens];
+};
+
+template <class Shape>
+struct alignas(1024) KeptStorage {
+    ScoreStorage<Shape> score;
+    alignas(16) uint32_t rows[kSelectors][row_words(Shape::kDim)];
+    SelectScratch scratch[kSelectors];
+    TokenBlock<Shape::kTokens> block[kBlocksAhead];
+    KeptRun<Shape::kTokens> run[2];                   // of even and odd numbers
+    uint64_t told[kBlocksAhead], done[kBlocksAhead];  // a block; the scorers with it
+    uint64_t scored[2];                               // a run
+};
+
+// The scorers' side of the runs.
+template <class Shape>
+struct RunScorer {
+    const IndexerTopkParams& p;
+    KeptStorage<Shape>& s;
+    Scorer<Shape> scorer;
+    int number = 0;             // of the next run
+    int oldest = 0;             // that has not been waited for
+    int start = 0, length = 0;  // of the last one, in the rings of its rows
+
+    // Until the selectors have read all runs before this one.
+    __device__ void wait_for(int run) {
+        for (; oldest < run; ++oldest)
+            named_barrier_sync(kSyncRead + oldest % 2, kScoreThreads + kSelectThreads);
+    }
+
+    __device__ void tell(const TokenBlock<Shape::kTokens>& block, uint32_t tokens) {
+        auto& run = s.run[number % 2];
+        if (scorer.warp == 0) {
+            if (scorer.lane == 0)
+                run.tokens = tokens, run.first_token = block.first_token, run.start = start;
+            if (scorer.lane < Shape::kTokens)
+                run.visible[scorer.lane] = block.tokens[scorer.lane].visible;
+        }
+        __syncwarp();
+        if (scorer.lane == 0) mbarrier_arrive(&s.scored[number % 2]);
+        ++number;
+    }
+
+    __device__ void keep(const TokenBlock<Shape::kTokens>& block, const TokenRun& run) {
+        const OwnTokens<Shape> own(block.tokens, scorer.quad, run.tokens);
+        const int tiles = run.tiles(), free = p.room - length;
+        start += length;
+        if (start >= p.room) start -= p.room;
+        length = (run.keys + kWholeColumns - 1) / kWholeColumns * kWholeColumns;
+        float* row[Shape::kLaneTokens];
+#pragma unroll
+        for (int a = 0; a < Shape::kLaneTokens; ++a) {
+            row[a] = row_of<Shape>(p, own.first + a);
+            keep_address(row[a]);
+        }
+        wait_for(number - 1);
+        constexpr int kWhole = kTilesAtOnce * Shape::kRings;
+        TileRange part{0, min(free / kTileKeys / kWhole * kWhole, tiles)};
+#pragma unroll 1
+        while (true) {
+            scorer.template score<kTilesAtOnce>(s.score, part, [&](const auto& scores) {
+                int place = start + scores.key;
+                if (place >= p.room) place -= p.room;
+#pragma unroll
+                for (int a = 0; a < Shape::kLaneTokens; ++a)
+#pragma unroll
+                    for (int r = 0; r < 2; ++r)
+                        global_store(row[a] + place + kRowStep * r, scores.score[a][r],
+                                     scores.key + kRowStep * r < own.seen[a]);
+            });
+            if (part.last == tiles) break;
+            wait_for(number);
+            part = {part.last, tiles};
+        }
+        tell(block, run.tokens);
+    }
+
+    __device__ void go(const KeyMaps& maps) {
+        const auto meet = [] { named_barrier_sync(kSyncScorers, kScoreThreads); };
+        for (int n = 0;; ++n) {
+            const int slot = n % kBlocksAhead;
+            const auto& block = s.block[slot];
+            mbarrier_wait(&s.told[slot], n / kBlocksAhead % 2);
+            if (block.first_token < 0) {
+                wait_for(number);
+                return tell(block, 0);
+            }
+            uint32_t scored = block.scored;
+            take_all_keys<Shape>(p, block.first_token, scored,
+                                 [&](int t) { return block.tokens[t].visible; });
+            if (scored != 0) {
+                scorer.load_weights(p, block.first_token);
+                load_queries(p, s.score, block.first_token, meet);
+                meet();
+            }
+            while (scored != 0) {
+                const TokenRun run(block.tokens[scorer.lane % Shape::kTokens], scored);
+                scored &= ~run.tokens;
+                scorer.begin(maps, run);
+                keep(block, run);
+            }
+            __syncwarp();
+            if (scorer.lane == 0) mbarrier_arrive(&s.done[slot]);
+        }
+    }
+};
+
+// A selector's side: every kSelectors-th token of all runs.
+template <class Shape>
+__device__ void select_kept(const IndexerTopkParams& p, KeptStorage<Shape>& s, uint32_t selector) {
+    constexpr uint32_t kRun = 64;  // a place: the run's number times this, and the token's
+    uint32_t place = selector;
+#pragma unroll 1
+    while (true) {
+        const uint32_t number = place / kRun;
+        const auto& run = s.run[number % 2];
+        mbarrier_wait(&s.scored[number % 2], number / 2 % 2);
+        uint32_t left = run.tokens;
+        if (left == 0) return;
+        // To the next token of this selector; with the last one of this run, it is read.
+        const auto advance = [&](uint32_t count) {
+            place += kSelectors;
+            if (place % kRun < count) return;
+            named_barrier_arrive(kSyncRead + place / kRun % 2, kScoreThreads + kSelectThreads);
+            place += kRun - count;
+        };
+        const uint32_t count = __popc(left);
+        if (place % kRun >= count) {  // none in this run
+            place -= kSelectors;
+            advance(count);
+            continue;
+        }
+        for (uint32_t i = place % kRun; i > 0; --i) left &= left - 1;
+        const int t = __ffs(left) - 1;
+        keep_address(selector);  // so that what follows from it is not held from row to row
+        const KeptRow row{row_of<Shape>(p, t), p.room, run.start, run.visible[t]};
+        select_row<Shape::kDim>(row, s.scratch[selector], s.rows[selector], p.topk,
+                                indices_of(p, run.first_token + t), [&] { advance(count); });
+    }
+}
+
+// The loader: takes blocks of tokens, the last ones first, and loads the keys of their runs.
+template <class Shape>
+struct BlockLoader {
+    const IndexerTopkParams& p;
+    KeptStorage<Shape>& s;
+    const int lane = threadIdx.x % 32;
+    RingPosition position;      // of a lane for each ring
+    LaneToken token;            // of the block taken last
+    int taken = 0, loaded = 0;  // blocks
+
+    // Takes a block and tells the scorers.
+    __device__ void take() {
+        const int slot = taken % kBlocksAhead;
+        auto& block = s.block[slot];
+        mbarrier_wait(&s.done[slot], taken / kBlocksAhead % 2 ^ 1);
+        ++taken;
+        int number = 0;
+        if (lane == 0) number = p.token_blocks - 1 - atomicAdd(p.next_block, 1);
+        const int first_token = __shfl_sync(~0u, number, 0) * Shape::kTokens;
+        const int64_t own = first_token + lane;
+        const bool there = lane < Shape::kTokens && 0 <= own && own < p.tokens;
+        if (there) prefetch_into_l2(p.q + own * p.q_stride, Shape::kHeads * Shape::kDim);
+        token.find<Shape>(p, first_token);
+        const uint32_t scored = __ballot_sync(~0u, there && token.visible > p.topk);
+        if (lane < Shape::kTokens) block.tokens[lane] = token;
+        if (lane == 0) block.first_token = first_token, block.scored = scored;
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&s.told[slot]);
+    }
+
+    // Each ring is filled as it empties, one not waiting for the other.
+    __device__ void fill(const KeyMaps& maps, const TokenRun& run, TileRange tiles) {
+        const int ring = lane;
+        for (int tile = tiles.first + ring; ring < Shape::kRings && tile < tiles.last;) {
+            if (!mbarrier_is_over(&s.score.empty[ring][position.stage], position.parity ^ 1))
+                continue;
+            load_packed(maps, s.score, ring, position.stage, run, tiles.key(tile));
+            position.advance(Shape::kStages);
+            tile += Shape::kRings;
+        }
+        __syncwarp();
+    }
+
+    __device__ void go(const KeyMaps& maps) {
+        take();
+        for (;; ++loaded) {
+            const auto& block = s.block[loaded % kBlocksAhead];
+            if (block.first_token < 0) return;
+            const LaneToken own = block.tokens[lane % Shape::kTokens];
+            for (uint32_t scored = block.scored; scored != 0;) {
+                const TokenRun run(own, scored);
+                scored &= ~run.tokens;
+                const int first = min(Shape::kRings * Shape::kStages, run.tiles());
+                fill(maps, run, {0, first});
+                if (taken == loaded + 1) take();  // now there is time
+                fill(maps, run, {first, run.tiles()});
+            }
+            if (taken == loaded + 1) take();
+        }
+    }
+};
+
+template <class Shape>
+__global__ void __launch_bounds__(kKeptThreads, 1)
+    indexer_topk_kept_kernel(const __grid_constant__ KeyMaps maps, const IndexerTopkParams p) {
+    auto& s = aligned_storage<KeptStorage<Shape>>();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kBlocksAhead; ++i) {
+            mbarrier_init(&s.told[i], 1);
+            mbarrier_init(&s.done[i], kScoreWarps);
+        }
+        for (uint64_t& scored : s.scored) mbarrier_init(&scored, kScoreWarps);
+    }
+    init_storage(s.score);
+    if (threadIdx.x < kScoreThreads) {
+        take_registers<kKeptScorerRegisters>();
+        RunScorer<Shape>{p, s}.go(maps);
+    } else {
+        give_registers_back<kHelperRegisters>();
+        const int selector = threadIdx.x / 32 - kScoreWarps;
+        if (selector < kSelectors) {
+            select_kept(p, s, selector);
+        } else {
+            BlockLoader<Shape>{p, s}.go(maps);
+        }
+    }
+}
+
+}  // namespace dsa
