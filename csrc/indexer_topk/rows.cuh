@@ -2,11 +2,15 @@
 // it selects from a row in L2.
 //
 // Two walks over the row: its scores are counted in 1024 equal bins over the range of the first of
-// them, which says in which bin the topk-th lies; then a bit a column, whether it lies in a better
-// bin, and the few columns of that bin are listed and compared with each other. A bin never falls
-// as the score rises, so the set is exact however well the bins fit. If too many columns lie in
-// one, they may mostly be equal: one of them is tried as the topk-th. If it is not, the radix
-// select of common/candidates.cuh finds that.
+// them, which says in which bin the topk-th lies; then two bits a column, whether it lies in a
+// better bin and whether in that bin or a better one, and the few columns of that bin are listed
+// and compared with each other. A bin never falls as the score rises, so the set is exact however
+// well the bins fit. If too many columns lie in one, they may mostly be equal: what most lanes find
+// there first is tried as the topk-th. If it is not, the radix select of common/candidates.cuh
+// finds that.
+//
+// A walk is bound by latency: the row comes through shared memory, copied ahead, and a lane has
+// neighbouring columns, whose bits it makes without a vote.
 #pragma once
 
 #include <type_traits>

@@ -1,8 +1,8 @@
-// indexer_topk on Hopper, the launches. Where many tokens see many keys one kernel scores and
-// selects (sm90.cuh). Few tokens, as those of a paged cache, leave its blocks without work, and for
-// few keys its selection is most of the time: there the kernels of indexer_logits and topk_select
-// follow each other, for as many tokens at a time as have room for their scores in the workspace, a
-// matrix as wide as the longest sequence.
+// indexer_topk on Hopper, the launches. Many tokens are scored and selected for by one kernel: with
+// a list of candidates each (sm90.cuh), or, if all sequences are short, with all of their scores
+// (kept.cuh). Few tokens, as those of a paged cache, leave its blocks without work: there the
+// kernels of indexer_logits and topk_select follow each other, for as many tokens at a time as have
+// room for their scores in the workspace, a matrix as wide as the longest sequence.
 #include <algorithm>
 
 #include "common/indexer_launch.h"

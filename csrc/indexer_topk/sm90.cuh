@@ -1,5 +1,5 @@
-// indexer_topk on Hopper, the kernel: scores (common/indexer_tile.cuh) that never reach memory, and
-// the selection of lists.cuh.
+// indexer_topk on Hopper where tokens see many keys: scores (common/indexer_tile.cuh) that never
+// reach memory, and the selection of lists.cuh. (kept.cuh is for short sequences alone.)
 //
 // A block of threads owns 8 tokens (at 16 heads) and walks all their keys. A score that beats its
 // token's bound is appended to the token's list of candidates, which lies in L2; every thread has a
@@ -15,7 +15,7 @@
 // with certain bounds: now the scorers meet every few tiles, the room left in the fullest segment
 // says how many tiles are safe, and full lists are cut to their best topk.
 //
-// Where a token sees so few keys that the room of its list holds all its scores (14592 at 16
+// Where a token sees so few keys that the room of its list holds all its scores (14848 at 16
 // heads), these are kept instead and it is selected from them: rows.cuh.
 //
 // Blocks take the next 8 tokens from a counter, the last tokens first: those of one sequence see
@@ -23,10 +23,10 @@
 // tell each other is the next block of tokens and which of a run's come again. Workspace: 132
 // blocks x 8 lists x 7.4 K candidates of 8 bytes, 60 MB.
 //
-// Measured on an H200 at 16 heads x 64: 0.30 ms for 2048 tokens at the end of 32768 keys, 0.89 for
-// 131072, where the products alone are 0.41; 32.9 ms for all of 131072. A block takes 3.1 us for
+// Measured on an H200 at 16 heads x 64: 0.31 ms for 2048 tokens at the end of 32768 keys, 0.89 for
+// 131072, where the products alone are 0.41; 31.5 ms for all of 131072. A block takes 3.0 us for
 // each 1024 keys, bound by the sums over heads (361 instructions a warp and tile, 256 of them ReLU
-// and sums), and 49 us whatever their number, for the sample and the lists.
+// and sums), and 59 us whatever their number, for the sample and the lists.
 #pragma once
 
 #include "common/indexer_tile.cuh"
