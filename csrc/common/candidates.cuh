@@ -156,15 +156,9 @@ __device__ auto dense(const Candidate* entries, int n) {
     return CandidateList<decltype(count)>{entries, Group::kWarps, stride, count};
 }
 
-// Calls f(keys, entries) with arrays for all candidates, as many at a time as the list chooses,
-// each warp a piece at a time, all its lanes together. The keys order as the scores do; those that
-// are not there are 0.
+// Calls f(keys, entries) with arrays of kLaneCandidates for all candidates, each warp a piece at a
+// time, all its lanes together. The keys order as the scores do; those that are not there are 0.
 constexpr int kLaneCandidates = 8;
-template <typename T, int kSize>
-__device__ constexpr int length_of(const T (&)[kSize]) {
-    return kSize;
-}
-
 template <class Group, class List, class F>
 __device__ __forceinline__ void for_each(const Group& group, const List& list, const F& f) {
 #pragma unroll 1  // code that does not fit the instruction cache costs more than a loop
