@@ -138,8 +138,8 @@ __device__ __forceinline__ bool are_kept(const IndexerTopkParams& p, const Token
 
 // All keys of a run whose scores are kept: the scorers' side.
 template <class Shape>
-__device__ void select_kept(const IndexerTopkParams& p, TopkStorage<Shape>& s,
-                            Scorer<Shape>& scorer, const TokenRun& run, int first_token) {
+__device__ void keep_and_select(const IndexerTopkParams& p, TopkStorage<Shape>& s,
+                                Scorer<Shape>& scorer, const TokenRun& run, int first_token) {
     const OwnTokens<Shape> own(s.tokens, scorer.quad, run.tokens);
     float* row[Shape::kLaneTokens];
 #pragma unroll
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                 scored &= ~run.tokens;
                 scorer.begin(maps, run);
                 if (are_kept(p, run)) {
-                    select_kept(p, s, scorer, run, first_token);
+                    keep_and_select(p, s, scorer, run, first_token);
                 } else {
                     select_run(p, s, scorer, run, first_token, &s.again[run_parity]);
                     run_parity ^= 1;
