@@ -301,11 +301,12 @@ def many_lengths(sequences, longest, heads, dim, width):
     "sequences, longest, heads, dim, topk, width",
     [
         (16, 9000, 16, 64, 2048, 9000), (120, 4000, 4, 128, 512, 4000), (40, 5000, 32, 64, 37, 5000),
-        (24, 6000, 64, 128, 4096, 6000), (8, 20_000, 16, 64, 2048, 9000),
+        (24, 6000, 64, 128, 4096, 6000), (8, 20_000, 16, 64, 2048, 9000), (5, 18_000, 16, 64, 2048, 18_000),
     ],
 )  # fmt: skip
 def test_sequences_of_many_lengths(sequences, longest, heads, dim, topk, width):
-    """Many tokens, of which some see more keys than a row in the workspace has room for: CUDA keeps the scores of the others."""
+    """Many tokens. CUDA keeps the scores of those that see no more keys than there is room for in the workspace: in a
+    kernel for that alone if these are all, in the last case beside the lists of others."""
     args, seen = many_lengths(sequences, longest, heads, dim, width)
     with dsa_kernels.use("cuda"):
         indices = select(args, topk, width)

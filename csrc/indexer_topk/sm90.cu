@@ -4,6 +4,7 @@
 // kernels of indexer_logits and topk_select follow each other, for as many tokens at a time as have
 // room for their scores in the workspace, a matrix as wide as the longest sequence.
 #include <algorithm>
+#include <type_traits>
 
 #include "common/indexer_launch.h"
 #include "indexer_logits/launch.h"
@@ -35,17 +36,18 @@ void launch(IndexerTopkParams& p, const KeyMaps& maps, const Tensor& like, cudaS
     p.next_block = reinterpret_cast<int32_t*>(p.candidates + entries);
     const cudaError_t error = cudaMemsetAsync(p.next_block, 0, sizeof(int32_t), stream);
     STD_TORCH_CHECK(error == cudaSuccess, "cudaMemsetAsync: ", cudaGetErrorString(error));
-    const auto run = [&](auto* kernel, int threads, int storage_bytes) {
-        storage_bytes += 1024;  // to begin on so many
-        STD_TORCH_CHECK(storage_bytes <= kMostSharedBytes);
-        allow_shared_memory(kernel, storage_bytes);
-        kernel<<<blocks, threads, storage_bytes, stream>>>(maps, p);
+    const auto run = [&]<class Storage>(std::type_identity<Storage>, auto* kernel, int threads) {
+        constexpr int kStorageBytes = sizeof(Storage) + 1024;  // it begins on so many
+        static_assert(kStorageBytes <= kMostSharedBytes);
+        allow_shared_memory(kernel, kStorageBytes);
+        kernel<<<blocks, threads, kStorageBytes, stream>>>(maps, p);
         check_launch("indexer_topk");
     };
     if constexpr (Shape::kHeads >= kFewestKeptHeads)
         if (p.width <= p.room)
-            return run(indexer_topk_kept_kernel<Shape>, kKeptThreads, sizeof(KeptStorage<Shape>));
-    run(indexer_topk_kernel<Shape>, kIndexerThreads, sizeof(TopkStorage<Shape>));
+            return run(std::type_identity<KeptStorage<Shape>>{}, indexer_topk_kept_kernel<Shape>,
+                       kKeptThreads);
+    run(std::type_identity<TopkStorage<Shape>>{}, indexer_topk_kernel<Shape>, kIndexerThreads);
 }
 
 // How many tokens' scores have room in the workspace.

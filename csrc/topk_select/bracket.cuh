@@ -33,7 +33,7 @@ constexpr int kTileColumns = kTileWords * kWordColumns;
 constexpr int kTilePairs = kTileColumns / 2;  // of bins, a word each
 constexpr int kMostInside = 128;              // columns that are compared with each other
 constexpr int kMostTurns = 3;                 // before the radix select
-constexpr int kBracketThreadsOfSm = 1152;     // 56 registers each
+constexpr int kBracketThreadsOfSm = 1152;     // 56 registers each, or 64 where 1024 fit
 
 struct BracketStorage {
     struct Inside {
