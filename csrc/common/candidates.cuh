@@ -352,6 +352,30 @@ __host__ __device__ inline int sample_rank(int sample, int topk, int n) {
     return 2 * rank > sample ? 0 : rank;
 }
 
+// The positions of the bits of a lane's four words, of which the first is `first`, to addresses in
+// shared memory from `next` on; by a warp. A bit of each word at a time, without branches.
+__device__ __forceinline__ void stage_bits(uint4 four, int first, uint32_t next) {
+    uint32_t words[4] = {four.x, four.y, four.z, four.w}, places[4];
+    int most = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const int bits = __popc(words[j]);
+        most = max(most, bits);
+        places[j] = next;
+        next += 4 * bits;
+    }
+    most = __reduce_max_sync(~0u, most);
+#pragma unroll 1
+    for (int round = 0; round < most; ++round) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            shared_store(places[j], first + 32 * j - 1 + __ffs(words[j]), words[j] != 0);
+            words[j] &= words[j] - 1;
+            places[j] += 4;
+        }
+    }
+}
+
 // Writes the positions, in [0, length), that `mark` marks, ascending: mark(set), which calls
 // set(position, belongs) for all candidates, by all threads of the group. `bitmap` is kBitmapWords
 // words of shared memory, on 16 bytes: so many times 32 positions are written at a time.
@@ -400,23 +424,22 @@ __device__ void write_marked(const Group& group, SelectScratch& s, const Mark& m
             const uint4 four = four_words(i);
             const int inclusive = sum_up_to(bits_of(four));
             const int here = __shfl_sync(~0u, inclusive, 31);
-            const auto write_lane = [&](int32_t* next) {
-                int32_t first =
-                    static_cast<int32_t>(base) + 32 * (group.warp() * kRun + i + 4 * group.lane());
-                for (uint32_t word : {four.x, four.y, four.z, four.w}) {
-#pragma unroll 1
-                    for (; word != 0; word &= word - 1) *next++ = first + __ffs(word) - 1;
-                    first += 32;
-                }
-            };
             const int before = inclusive - bits_of(four);
+            const int first =
+                static_cast<int>(base) + 32 * (group.warp() * kRun + i + 4 * group.lane());
             if (here <= kStaged) {
-                write_lane(staged + before);
+                stage_bits(four, first, shared_address(staged + before));
                 __syncwarp();
                 for (int j = group.lane(); j < here; j += 32) out[place + j] = staged[j];
                 __syncwarp();
             } else {
-                write_lane(out + place + before);
+                int32_t* next = out + place + before;
+                int column = first - 1;
+                for (uint32_t word : {four.x, four.y, four.z, four.w}) {
+#pragma unroll 1
+                    for (; word != 0; word &= word - 1) *next++ = column + __ffs(word);
+                    column += 32;
+                }
             }
             place += here;
         }

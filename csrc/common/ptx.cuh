@@ -191,6 +191,11 @@ __device__ __forceinline__ void prefetch_into_l2(const void* source, uint32_t by
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
 
+// 9.7.9.27.1.3 prefetch.tensormap: a map, before the first load through it.
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // 9.7.9.27 cp.async.bulk.tensor: the box of a tensor map at x, (x, y) or (x, y, z), into shared
 // memory.
 __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t* barrier, void* target,
@@ -241,7 +246,6 @@ __device__ __forceinline__ void shared_or(uint32_t word, uint32_t bits) {
     asm volatile("red.shared::cta.or.b32 [%0], %1;" ::"r"(word), "r"(bits) : "memory");
 }
 
-// 9.7.9.11 st: two words to an address in shared memory where `active`, without a branch.
 // 9.7.9.8 ld: four floats at an address in shared memory.
 __device__ __forceinline__ float4 shared_load_four(uint32_t address) {
     float4 four;
@@ -250,6 +254,14 @@ __device__ __forceinline__ float4 shared_load_four(uint32_t address) {
                  : "r"(address)
                  : "memory");
     return four;
+}
+
+// 9.7.9.11 st: a word, or two, to an address in shared memory where `active`, without a branch.
+__device__ __forceinline__ void shared_store(uint32_t address, int value, bool active) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.shared::cta.b32 [%0], %1; }" ::"r"(address),
+        "r"(value), "r"(int{active})
+        : "memory");
 }
 
 __device__ __forceinline__ void shared_store(uint32_t address, float first, int second,

@@ -170,6 +170,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
     indexer_logits_kernel(const __grid_constant__ KeyMaps maps,
                           const __grid_constant__ IndexerLogitsParams p) {
     auto& s = aligned_storage<LogitsStorage<Shape>>();
+    if (threadIdx.x == kScoreThreads) prefetch_tensor_map(maps.keys);
     init_storage(s.score);
     wait_for_kernels_before();
     take_share(p, s);
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
                 row[a] = p.out + (int64_t{block} * Shape::kTokens + token) * p.out_stride;
                 keep_address(row[a]);
             }
-            constexpr int kAtOnce = Shape::kFew ? 1 : kTilesAtOnce;
+            constexpr int kAtOnce = Shape::kFew ? 2 : kTilesAtOnce;
             scorer.template score<kAtOnce>(s.score, tiles, [&](const auto& scores) {
 #pragma unroll
                 for (int a = 0; a < Shape::kLaneTokens; ++a)

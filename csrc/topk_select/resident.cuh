@@ -94,14 +94,17 @@ struct Resident {
     const uint4* own = s.keys + threadIdx.x * slice.stride();
     const ThreadGroup<kResidentThreads> group{static_cast<int>(threadIdx.x), 0};
 
-    // The keys of the block's columns, and the counts of their first digit.
-    __device__ void load() {
+    // The keys of the block's columns, and the counts of their first digit. All threads call
+    // meanwhile() while the first of them come.
+    template <class Meanwhile>
+    __device__ void load(const Meanwhile& meanwhile) {
         const uint4* source = reinterpret_cast<const uint4*>(row.scores + first);
         const int vectors = slice.columns() / kVector;
         // Of a vector: how many gaps lie before it. (Division by an even number, as a product.)
         const uint32_t inverse = slice.vectors % 2 ? 0 : ~0u / slice.vectors + 1;
 #pragma unroll 1
-        for (int base = threadIdx.x; base < vectors; base += kResidentThreads * kInFlight) {
+        for (int begin = 0; begin < vectors; begin += kResidentThreads * kInFlight) {
+            const int base = begin + threadIdx.x;
             Vector vector[kInFlight];
 #pragma unroll
             for (int u = 0; u < kInFlight; ++u) {
@@ -109,6 +112,7 @@ struct Resident {
                 const bool there = i < vectors && first + i * kVector < row.end;
                 vector[u].raw = there ? load_once(source + i) : uint4{0, 0, 0, 0};
             }
+            if (begin == 0) meanwhile();
 #pragma unroll
             for (int u = 0; u < kInFlight; ++u) {
                 const int i = base + u * kResidentThreads, column = first + i * kVector;
@@ -274,18 +278,24 @@ __global__ void __launch_bounds__(kResidentThreads, 3)
     topk_select_resident_kernel(const TopkSelectParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
     ResidentStorage& s = *reinterpret_cast<ResidentStorage*>(shared);
+    constexpr int kFirst = sizeof(ResidentStorage::Histogram) / 16;
     constexpr int kClear = (offsetof(ResidentStorage, members) + 15) / 16;
+    const auto clear = [&](int first, int end) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kClear; i += kResidentThreads)
-        reinterpret_cast<uint4*>(shared)[i] = {0, 0, 0, 0};
-    __syncthreads();
+        for (int i = first + threadIdx.x; i < end; i += kResidentThreads)
+            reinterpret_cast<uint4*>(shared)[i] = {0, 0, 0, 0};
+    };
+    clear(0, kFirst);
     wait_for_kernels_before();
     const int blocks = cluster_size(), rank = cluster_rank();
     const Row<T> row(p, blockIdx.x / blocks);
     const int thread = rank * kResidentThreads + threadIdx.x;
     if (row.take_all(p.topk, thread, blocks * kResidentThreads)) return;
     Resident<T> resident{row, s};
-    resident.load();
+    resident.load([&] {
+        clear(kFirst, kClear);
+        __syncthreads();
+    });
     resident.write(resident.find_cut(p.topk));
 }
 
