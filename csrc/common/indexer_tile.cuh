@@ -257,6 +257,19 @@ __device__ __forceinline__ void load_packed(const KeyMaps& maps, ScoreStorage<Sh
              (maps.first_scale(run.first_key) & ~3) + key);
 }
 
+// Asks L2 for all packed keys, if they are few enough to stay there, by a warp of each block: the
+// first tokens of all blocks want the same keys at the same time, and wait for memory one tile
+// after the other.
+template <class Shape>
+__device__ __forceinline__ void prefetch_keys(const IndexerScoreParams& p, const KeyMaps& maps) {
+    constexpr int kMostBytes = 16 << 20;
+    if (p.num_keys > kMostBytes / Shape::kDim) return;
+    const int step = gridDim.x * 32;
+    for (int tile = threadIdx.x % 32 * gridDim.x + blockIdx.x; tile * kTileKeys < p.num_keys;
+         tile += step)
+        prefetch_into_l2(maps.keys, 0, tile * kTileKeys);
+}
+
 // The loader's side, a warp for each ring: the tiles of a run. The lanes read page numbers ahead.
 template <class Shape>
 struct KeyLoader {

@@ -191,6 +191,13 @@ __device__ __forceinline__ void prefetch_into_l2(const void* source, uint32_t by
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
 
+// 9.7.9.27 cp.async.bulk.prefetch.tensor: the box of a tensor map at (x, y) into L2.
+__device__ __forceinline__ void prefetch_into_l2(const CUtensorMap& map, int x, int y) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(x),
+                 "r"(y)
+                 : "memory");
+}
+
 // 9.7.9.27.1.3 prefetch.tensormap: a map, before the first load through it.
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

@@ -267,6 +267,7 @@ __global__ void __launch_bounds__(kKeptThreads, 1)
     } else {
         give_registers_back<kHelperRegisters>();
         const int selector = threadIdx.x / 32 - kScoreWarps;
+        if (selector == 0) prefetch_keys<Shape>(p, maps);
         if (selector < kSelectors) {
             select_kept(p, s, selector);
         } else {

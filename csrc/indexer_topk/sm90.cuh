@@ -251,6 +251,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
     if (threadIdx.x >= kScoreThreads) {
         give_registers_back<kLoaderRegisters>();
         KeyLoader<Shape> loader;
+        if (loader.ring == Shape::kRings) prefetch_keys<Shape>(p, maps);
         if (loader.ring >= Shape::kRings) return;
         while (true) {
             mbarrier_wait(&s.told, block_parity);
