@@ -185,10 +185,10 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
     __syncwarp();
     if (__reduce_add_sync(~0u, above) < p.topk) return Guessed::kTooFew;
     const Cut cut = find_bin(group, scratch, p.topk);
-    if (cut.count > 32) return Guessed::kCrowded;
+    if (cut.count > kMostRanked) return Guessed::kCrowded;
     const int cut_bin = cut.value;
     // The candidates of the cut's bin, collected where the first bins were counted.
-    auto* in_bin = reinterpret_cast<Candidate*>(scratch.histogram);
+    auto* in_bin = reinterpret_cast<uint2*>(scratch.histogram);
     const auto mark = [&](const auto& set) {
         if (group.lane() == 0) scratch.sums[0] = 0;
         __syncwarp();
@@ -204,18 +204,12 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
             if (hits == 0) return;
 #pragma unroll
             for (int u = 0; u < kLaneCandidates; ++u)
-                if (hits >> u & 1) in_bin[atomicAdd(&scratch.sums[0], 1)] = entries[u];
+                if (hits >> u & 1)
+                    in_bin[atomicAdd(&scratch.sums[0], 1)] = {
+                        order_key(entries[u].score), static_cast<uint32_t>(entries[u].position)};
         });
         __syncwarp();
-        const Candidate own = in_bin[group.lane()];
-        const uint32_t own_key = order_key(own.score);
-        int better = 0;
-        for (int i = 0; i < cut.count; ++i) {
-            const uint32_t key = __shfl_sync(~0u, own_key, i);
-            const int position = __shfl_sync(~0u, own.position, i);
-            better += key > own_key || (key == own_key && position < own.position);
-        }
-        set(own.position, group.lane() < cut.count && better < cut.wanted);
+        rank_listed(in_bin, cut.count, cut.wanted, set);
     };
     write_marked<TopkStorage<Shape>::kBitmapWords>(group, scratch, mark, s.tokens[t].visible,
                                                    s.bitmap[warp], row);

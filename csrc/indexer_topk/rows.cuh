@@ -22,7 +22,7 @@ namespace dsa {
 constexpr int kWholeColumns = 512;  // rows begin at multiples of these: whole steps of a walk
 constexpr int kMostKept = kLargestCapacity * sizeof(Candidate) / sizeof(float);
 constexpr int kMostKeptWords = kMostKept / 32;  // of a bit a column
-constexpr int kMostRanked = 128;                // columns of a bin
+constexpr int kMostRanked = 128;                // of a bin, each compared with all others
 
 // How many scores of a row have room in place of a list.
 inline int kept_columns(int capacity) {
@@ -283,6 +283,25 @@ __device__ __forceinline__ void write_bits(const uint32_t* bitmap, int words,
     }
 }
 
+// Calls set(position, belongs) for all of a list in shared memory, each an order key and a
+// position: the best `wanted` belong.
+template <class Set>
+__device__ __forceinline__ void rank_listed(const uint2* list, int listed, int wanted,
+                                            const Set& set) {
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < listed; i += 32) {
+        const uint2 own = list[i];
+        int before = 0;
+#pragma unroll 4
+        for (int j = 0; j < listed; ++j) {
+            const uint2 other = list[j];
+            before += other.x > own.x || (other.x == own.x && other.y < own.y);
+        }
+        set(own.y, before < wanted);
+    }
+    __syncwarp();
+}
+
 // Marks the best `wanted` of the columns inside, which are listed for that.
 __device__ __forceinline__ void mark_inside(const RowBits& bits, const KeptRow& row, uint2* list,
                                             int wanted) {
@@ -301,18 +320,9 @@ __device__ __forceinline__ void mark_inside(const RowBits& bits, const KeptRow& 
     __syncwarp();
     for (int i = lane; i < listed; i += 32) list[i].x = order_key(row.score(list[i].y));
     __syncwarp();
-#pragma unroll 1
-    for (int i = lane; i < listed; i += 32) {
-        const uint2 own = list[i];
-        int before = 0;
-#pragma unroll 4
-        for (int j = 0; j < listed; ++j) {
-            const uint2 other = list[j];
-            before += other.x > own.x || (other.x == own.x && other.y < own.y);
-        }
-        shared_or(shared_address(bits.better + own.y / 32), before < wanted ? 1u << own.y % 32 : 0);
-    }
-    __syncwarp();
+    rank_listed(list, listed, wanted, [&](uint32_t column, bool belongs) {
+        shared_or(shared_address(bits.better + column / 32), belongs ? 1u << column % 32 : 0);
+    });
 }
 
 // Selects for a token that sees more than topk keys, by a warp. Calls is_read() when it no longer
