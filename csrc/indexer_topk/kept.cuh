@@ -3,8 +3,8 @@
 //
 // Scoring is bound by the sums over heads, selection by latency. Done in turn by the same warps
 // they took 16.9 ms for 64 sequences of 2048 to 14333 tokens (H200, 16 heads x 64); here seven
-// warps do nothing but select, a token at a time, while the scorers are at the next tokens: 13.6,
-// 27% of the limit, FP8 products. For 16 heads and more: with fewer, scores are made so fast that
+// warps do nothing but select, a token at a time, while the scorers are at the next tokens: 14.1,
+// 25% of the limit, FP8 products. For 16 heads and more: with fewer, scores are made so fast that
 // eight warps which do both in turn are sooner done (sm90.cuh).
 // The scores of a run of tokens are written behind those of the last one, in a ring for each token
 // of the block: where two runs do not fit, scorers wait in between until the selectors have read

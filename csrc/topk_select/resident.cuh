@@ -16,7 +16,7 @@
 //
 // Bound by latency: four meetings of the cluster and six reads of other blocks' memory that wait
 // for each other; every warp searches the counts, and nothing waits for one of them. Measured on an
-// H200: 12.1 us for one row of 131072 with 16 blocks.
+// H200: 11.9 us for one row of 131072 with 16 blocks.
 #pragma once
 
 #include <cuda_bf16.h>
