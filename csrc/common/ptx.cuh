@@ -271,6 +271,16 @@ __device__ __forceinline__ void shared_store(uint32_t address, int value, bool a
         : "memory");
 }
 
+// The same for the lower half of a word; then the address is that of the next half.
+__device__ __forceinline__ void shared_append(uint32_t& address, uint32_t value, uint32_t active) {
+    asm volatile(
+        "{ .reg .pred p; .reg .b16 half; setp.ne.b32 p, %2, 0; cvt.u16.u32 half, %1; "
+        "@p st.shared::cta.b16 [%0], half; @p add.u32 %0, %0, 2; }"
+        : "+r"(address)
+        : "r"(value), "r"(active)
+        : "memory");
+}
+
 __device__ __forceinline__ void shared_store(uint32_t address, float first, int second,
                                              bool active) {
     asm volatile(

@@ -48,11 +48,26 @@ struct KeptRun {
     int visible[kTokens];
 };
 
+// A set that is marked and not yet written; words = 0: none.
+struct MarkedSet {
+    uint32_t better[kMostKeptWords];
+    int words;
+    int32_t* out;
+};
+
+// What a selector needs.
+template <int kDim>
+struct SelectorStorage {
+    MarkedSet sets[2];  // of rows in turn
+    uint32_t passing[kMostKeptWords];
+    alignas(16) uint32_t stages[StagedWalk<kDim>::kWords];
+    SelectScratch scratch;
+};
+
 template <class Shape>
 struct alignas(1024) KeptStorage {
     ScoreStorage<Shape> score;
-    alignas(16) uint32_t rows[kSelectors][row_words(Shape::kDim)];
-    SelectScratch scratch[kSelectors];
+    SelectorStorage<Shape::kDim> selectors[kSelectors];
     TokenBlock<Shape::kTokens> block[kBlocksAhead];
     KeptRun<Shape::kTokens> run[2];                   // of even and odd numbers
     uint64_t told[kBlocksAhead], done[kBlocksAhead];  // a block; the scorers with it
@@ -152,38 +167,53 @@ struct RunScorer {
     }
 };
 
-// A selector's side: every kSelectors-th token of all runs.
+// A selector's side: every kSelectors-th token of all runs. A set is written after the next row is
+// read, if that is there already: scorers wait for reading alone.
 template <class Shape>
 __device__ void select_kept(const IndexerTopkParams& p, KeptStorage<Shape>& s, uint32_t selector) {
     constexpr uint32_t kRun = 64;  // a place: the run's number times this, and the token's
     static_assert(Shape::kTokens + kSelectors <= kRun);
-    uint32_t place = selector;
+    auto& own = s.selectors[selector];
+    uint32_t place = selector, turn = 0;
+    if (threadIdx.x % 32 == 0) own.sets[0].words = own.sets[1].words = 0;
+    __syncwarp();
 #pragma unroll 1
     while (true) {
+        MarkedSet &set = own.sets[turn], &last = own.sets[turn ^ 1];
         const uint32_t number = place / kRun;
         const auto& run = s.run[number % 2];
-        mbarrier_wait(&s.scored[number % 2], number / 2 % 2);
-        uint32_t left = run.tokens;
-        if (left == 0) return;
-        // To the next token of this selector; with the last one of this run, it is read.
-        const auto advance = [&](uint32_t count) {
-            place += kSelectors;
-            if (place % kRun < count) return;
-            named_barrier_arrive(kSyncRead + place / kRun % 2, kScoreThreads + kSelectThreads);
-            place += kRun - count;
-        };
-        const uint32_t count = __popc(left);
-        if (place % kRun >= count) {  // none in this run
-            place -= kSelectors;
-            advance(count);
-            continue;
+        uint64_t* scored = &s.scored[number % 2];
+        const uint32_t parity = number / 2 % 2;
+        if (last.words == 0 || __all_sync(~0u, mbarrier_is_over(scored, parity))) {
+            mbarrier_wait(scored, parity);
+            uint32_t left = run.tokens;
+            const uint32_t count = __popc(left);
+            if (count == 0 && last.words == 0) return;
+            const bool mine = place % kRun < count;  // or none in this run
+            if (mine) {
+                for (uint32_t i = place % kRun; i > 0; --i) left &= left - 1;
+                const int t = __ffs(left) - 1;
+                keep_address(selector), keep_address(turn);  // what follows is not held for longer
+                const KeptRow row{row_of<Shape>(p, t), p.room, run.start, run.visible[t]};
+                if (threadIdx.x % 32 == 0) {
+                    set.words = (row.length + 31) / 32;
+                    set.out = indices_of(p, run.first_token + t);
+                }
+                __syncwarp();
+                mark_set<Shape::kDim>(row, own.scratch, {set.better, own.passing, set.words},
+                                      own.stages, p.topk);
+                place += kSelectors, turn ^= 1;
+            }
+            if (place % kRun >= count && count > 0) {  // this run is read
+                named_barrier_arrive(kSyncRead + place / kRun % 2, kScoreThreads + kSelectThreads);
+                place += kRun - count;
+            }
+            if (!mine && count > 0) continue;
         }
-        for (uint32_t i = place % kRun; i > 0; --i) left &= left - 1;
-        const int t = __ffs(left) - 1;
-        keep_address(selector);  // so that what follows from it is not held from row to row
-        const KeptRow row{row_of<Shape>(p, t), p.room, run.start, run.visible[t]};
-        select_row<Shape::kDim>(row, s.scratch[selector], s.rows[selector], p.topk,
-                                indices_of(p, run.first_token + t), [&] { advance(count); });
+        if (last.words == 0) continue;
+        write_bits(last.better, last.words, own.scratch, last.out);
+        if (threadIdx.x % 32 == 0) last.words = 0;
+        __syncwarp();
     }
 }
 

@@ -8,12 +8,17 @@ namespace dsa {
 
 constexpr int kSegments = kScoreThreads / 4;  // of a list: a quad scores a key for all tokens
 constexpr int kSpareEntries = 3;              // of a segment
+constexpr int kRowBytes = kSegments * sizeof(Candidate);     // an entry of each
+constexpr int kStepBytes = kLaneCandidates / 2 * kRowBytes;  // of a warp's walk over a list
 
 template <class Shape>
 struct alignas(1024) TopkStorage {
     static constexpr int kBitmapWords = row_words(Shape::kDim);
     static constexpr int kSampled = kBitmapWords;  // keys of a token, at most
     static_assert(Shape::kTokens <= kScoreWarps);  // a warp for each list
+    static constexpr int kKeyBytes = sizeof(ScoreStorage<Shape>::keys) / kScoreWarps;  // a warp's
+    static constexpr int kCountAhead = kBitmapWords * 4 / kStepBytes;
+    static constexpr int kMarkAhead = kKeyBytes / kStepBytes;
 
     ScoreStorage<Shape> score;
     union {
@@ -69,46 +74,49 @@ struct ColumnList {
 };
 
 // Calls f(entries, there) with arrays of kLaneCandidates for all candidates: some entries are not
-// there.
-template <class F>
-__device__ __forceinline__ void for_each_entry(const ColumnList& list, const F& f) {
-    constexpr int kRows = kLaneCandidates / 2, kAhead = 2;
-    using Rows = float4[kRows];
+// there. A lane copies its own to shared memory, `kAhead` times as many ahead; 0: it waits for
+// them.
+template <int kAhead, class F>
+__device__ __forceinline__ void for_each_entry(const ColumnList& list, void* stages, const F& f) {
+    constexpr int kRows = kLaneCandidates / 2;
+    const int lane = threadIdx.x % 32;
+    const uint32_t stage = shared_address(stages) + lane * sizeof(float4);
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
-        const Candidate* entries =
-            (part ? list.entries[1] : list.entries[0]) + threadIdx.x % 32 * 2;
+        const Candidate* entries = (part ? list.entries[1] : list.entries[0]) + lane * 2;
         const int2 counts = part ? list.counts[1] : list.counts[0];
         const int rows = part ? list.rows[1] : list.rows[0];
         const int own_rows = max(counts.x, counts.y);
-        Rows ahead[kAhead];
-        const auto fetch = [&](Rows& two, int row) {
+        const auto place = [&](int row) { return stage + row % (kAhead * kRows) * kRowBytes; };
+        const auto fetch = [&](int row) {
+#pragma unroll
+            for (int u = 0; u < kRows; ++u)
+                if (row + u < own_rows) copy_async(place(row + u), entries + (row + u) * kSegments);
+            copy_async_commit();
+        };
+        if constexpr (kAhead > 0)
+#pragma unroll 1
+            for (int a = 0; a < kAhead; ++a) fetch(a * kRows);
+#pragma unroll 1
+        for (int row = 0; row < rows; row += kRows) {
+            Candidate own[kLaneCandidates];
+            bool there[kLaneCandidates];
+            if constexpr (kAhead > 0) copy_async_wait_group<kAhead - 1>();
 #pragma unroll
             for (int u = 0; u < kRows; ++u) {
-                const auto* from = reinterpret_cast<const float4*>(entries + (row + u) * kSegments);
-                two[u] = row + u < own_rows ? __ldcg(from) : float4{};
-            }
-        };
-#pragma unroll
-        for (int a = 0; a < kAhead; ++a) fetch(ahead[a], a * kRows);
-#pragma unroll 1
-        for (int base = 0; base < rows; base += kAhead * kRows) {
-#pragma unroll
-            for (int a = 0; a < kAhead; ++a) {
-                const int row = base + a * kRows;
-                Candidate own[kLaneCandidates];
-                bool there[kLaneCandidates];
-#pragma unroll
-                for (int u = 0; u < kRows; ++u) {
-                    const float4 two = ahead[a][u];
-                    own[2 * u] = {two.x, __float_as_int(two.y)};
-                    own[2 * u + 1] = {two.z, __float_as_int(two.w)};
-                    there[2 * u] = row + u < counts.x;
-                    there[2 * u + 1] = row + u < counts.y;
+                float4 two = {};
+                if constexpr (kAhead > 0) {
+                    two = shared_load_four(place(row + u));
+                } else if (row + u < own_rows) {
+                    two = __ldcg(reinterpret_cast<const float4*>(entries + (row + u) * kSegments));
                 }
-                f(own, there);
-                fetch(ahead[a], row + kAhead * kRows);
+                own[2 * u] = {two.x, __float_as_int(two.y)};
+                own[2 * u + 1] = {two.z, __float_as_int(two.w)};
+                there[2 * u] = row + u < counts.x;
+                there[2 * u + 1] = row + u < counts.y;
             }
+            f(own, there);
+            if constexpr (kAhead > 0) fetch(row + kAhead * kRows);  // where those were read
         }
     }
 }
@@ -116,7 +124,7 @@ __device__ __forceinline__ void for_each_entry(const ColumnList& list, const F& 
 template <class F>
 __device__ __forceinline__ void for_each(const ThreadGroup<32>&, const ColumnList& list,
                                          const F& f) {
-    for_each_entry(list, [&](const auto& entries, const auto& there) {
+    for_each_entry<0>(list, nullptr, [&](const auto& entries, const auto& there) {
         uint32_t keys[kLaneCandidates];
 #pragma unroll
         for (int u = 0; u < kLaneCandidates; ++u)
@@ -161,9 +169,9 @@ __device__ void guess_bound(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
 enum class Guessed { kWritten, kCrowded, kTooFew };
 
 // Writes the topk best of a list of all scores that beat a finite bound, by a warp, if there are so
-// many. Two passes over the list: 1024 equal bins between the bound and the best of the sample, of
-// which one holds the topk-th; then all of better bins are marked, and of this one those that
-// belong, if it is not too crowded for a warp to rank.
+// many; all keys are scored, so where they lay is free. Two passes over the list: 1024 equal bins
+// between the bound and the best of the sample, of which one holds the topk-th; then all of better
+// bins are marked, and of this one those that belong, if it is not too crowded for a warp to rank.
 template <class Shape>
 __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>& s, int t,
                                  const ColumnList& list, int32_t* row) {
@@ -174,14 +182,16 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
     const uint32_t histogram = shared_address(scratch.histogram);
     clear_histogram(group, scratch);
     int above = 0;  // without NaN
-    for_each_entry(list, [&](const auto& entries, const auto& there) {
+    using Storage = TopkStorage<Shape>;
+    const auto count = [&](const auto& entries, const auto& there) {
 #pragma unroll
         for (int u = 0; u < kLaneCandidates; ++u) {
             const bool counts = there[u] && entries[u].score == entries[u].score;
             shared_add(histogram + (counts ? bins.bin(entries[u].score) : kNoBin) * 4, 1);
             above += counts;
         }
-    });
+    };
+    for_each_entry<Storage::kCountAhead>(list, s.bitmap[warp], count);
     __syncwarp();
     if (__reduce_add_sync(~0u, above) < p.topk) return Guessed::kTooFew;
     const Cut cut = find_bin(group, scratch, p.topk);
@@ -192,7 +202,7 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
     const auto mark = [&](const auto& set) {
         if (group.lane() == 0) scratch.sums[0] = 0;
         __syncwarp();
-        for_each_entry(list, [&](const auto& entries, const auto& there) {
+        const auto mark_some = [&](const auto& entries, const auto& there) {
             uint32_t hits = 0;
 #pragma unroll
             for (int u = 0; u < kLaneCandidates; ++u) {
@@ -207,12 +217,15 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
                 if (hits >> u & 1)
                     in_bin[atomicAdd(&scratch.sums[0], 1)] = {
                         order_key(entries[u].score), static_cast<uint32_t>(entries[u].position)};
-        });
+        };
+        for_each_entry<Storage::kMarkAhead>(
+            list, &s.score.keys[0][0][0] + warp * Storage::kKeyBytes, mark_some);
         __syncwarp();
         rank_listed(in_bin, cut.count, cut.wanted, set);
     };
-    write_marked<TopkStorage<Shape>::kBitmapWords>(group, scratch, mark, s.tokens[t].visible,
-                                                   s.bitmap[warp], row);
+    write_marked<Storage::kBitmapWords>(group, scratch, mark, s.tokens[t].visible, s.bitmap[warp],
+                                        row);
+    fence_proxy_async();  // keys lie there next
     return Guessed::kWritten;
 }
 

@@ -30,7 +30,8 @@ inline int kept_columns(int capacity) {
            kWholeColumns;
 }
 
-// Shared memory of a warp that selects: two bits a column, then the stages of a walk.
+// Shared memory of a warp that selects in turn with others: two bits a column, then the stages of a
+// walk.
 __host__ __device__ constexpr int row_words(int dim) { return dim == 64 ? 4096 : 2048; }
 
 // All scores of a token, in a ring of `room` places from number `start` on. It serves as a list for
@@ -71,6 +72,7 @@ __device__ __forceinline__ void for_each(const ThreadGroup<32>& group, const Kep
 template <int kOwn, int kStages>
 struct RowWalk {
     static constexpr int kColumns = 32 * kOwn, kPieces = kOwn / 4;
+    static constexpr int kWords = kStages * kColumns;  // of shared memory
     static_assert(kWholeColumns % kColumns == 0 && kPieces <= 4);
 
     const KeptRow& row;
@@ -156,6 +158,9 @@ struct RowWalk {
     }
 };
 
+template <int kDim>
+using StagedWalk = RowWalk<kDim == 64 ? 16 : 8, 4>;
+
 // Counts all scores in bins, in a walk that has started; returns these.
 template <int kOwn, int kStages>
 __device__ __forceinline__ EqualBins count_row(RowWalk<kOwn, kStages>& walk,
@@ -184,10 +189,13 @@ __device__ __forceinline__ EqualBins count_row(RowWalk<kOwn, kStages>& walk,
 // least as good.
 struct RowBits {
     uint32_t* better;
+    uint32_t* passing;
     int words;
 
-    __device__ uint32_t* passing() const { return better + kMostKeptWords; }
-    __device__ uint32_t inside(int i) const { return i < words ? passing()[i] & ~better[i] : 0; }
+    __device__ uint32_t inside(int i) const { return i < words ? passing[i] & ~better[i] : 0; }
+    __device__ void add(uint32_t column, bool belongs) const {
+        shared_or(shared_address(better + column / 32), belongs ? 1u << column % 32 : 0);
+    }
 
     // In a walk that has started: compare(score, above, below) moves both words on by a bit.
     template <int kOwn, int kStages, class Compare>
@@ -202,7 +210,7 @@ struct RowBits {
             const uint32_t there = (1u << min(max(own.rest, 0), kOwn)) - 1;
             const int place = own.first / kOwn;
             reinterpret_cast<Bits*>(better)[place] = above & there;
-            reinterpret_cast<Bits*>(passing())[place] = ~below & there;
+            reinterpret_cast<Bits*>(passing)[place] = ~below & there;
         });
     }
 
@@ -257,28 +265,33 @@ struct RowBits {
     }
 };
 
-// Writes the positions of the bits of `words` words, ascending: all lanes those of one word, whose
-// place is known from a sum over 32 of them.
+// Writes the positions of the bits of `words` words, ascending, by a warp: a lane has two words at
+// a time and puts theirs where the sums say, in shared memory.
 __device__ __forceinline__ void write_bits(const uint32_t* bitmap, int words,
                                            SelectScratch& scratch, int32_t* out) {
     const int lane = threadIdx.x % 32;
-    auto* placed = reinterpret_cast<uint2*>(scratch.histogram);  // a word and its first place
-    const uint32_t own_bit = 1u << lane;
-    int place = 0;
+    const auto* staged = reinterpret_cast<const uint16_t*>(scratch.histogram);
+    static_assert(2 * 32 * 32 <= 2 * kBins && kMostKept <= 1 << 16);
+    const uint32_t target = shared_address(scratch.histogram);
 #pragma unroll 1
-    for (int base = 0; base < words; base += 32) {
-        const uint32_t word = base + lane < words ? bitmap[base + lane] : 0;
-        const int inclusive = sum_up_to(__popc(word));
-        placed[lane] = {word, static_cast<uint32_t>(place + inclusive - __popc(word))};
-        place += __shfl_sync(~0u, inclusive, 31);
-        __syncwarp();
-#pragma unroll 8
-        for (int i = 0; i < 32; i += 2) {
-            const uint4 two = *reinterpret_cast<const uint4*>(placed + i);
-            const int column = 32 * (base + i) + lane;
-            if (two.x & own_bit) out[two.y + __popc(two.x & (own_bit - 1))] = column;
-            if (two.z & own_bit) out[two.w + __popc(two.z & (own_bit - 1))] = column + 32;
+    for (int base = lane; base < words + lane; base += 64) {
+        const uint32_t low = base < words ? bitmap[base] : 0;
+        const uint32_t high = base + 32 < words ? bitmap[base + 32] : 0;
+        const int counts = __popc(low) | __popc(high) << 16;
+        const int inclusive = sum_up_to(counts), before = inclusive - counts;
+        const int all = __shfl_sync(~0u, inclusive, 31);
+        const int all_low = all & 0xffff, here = all_low + (all >> 16);
+        uint32_t next_low = target + 2 * (before & 0xffff);
+        uint32_t next_high = target + 2 * (all_low + (before >> 16));
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            shared_append(next_low, 32 * base + i, low & 1u << i);
+            shared_append(next_high, 32 * base + 1024 + i, high & 1u << i);
         }
+        __syncwarp();
+#pragma unroll 4
+        for (int i = lane; i < here; i += 32) __stcs(out + i, static_cast<int>(staged[i]));
+        out += here;
         __syncwarp();
     }
 }
@@ -320,21 +333,16 @@ __device__ __forceinline__ void mark_inside(const RowBits& bits, const KeptRow& 
     __syncwarp();
     for (int i = lane; i < listed; i += 32) list[i].x = order_key(row.score(list[i].y));
     __syncwarp();
-    rank_listed(list, listed, wanted, [&](uint32_t column, bool belongs) {
-        shared_or(shared_address(bits.better + column / 32), belongs ? 1u << column % 32 : 0);
-    });
+    rank_listed(list, listed, wanted,
+                [&](uint32_t column, bool belongs) { bits.add(column, belongs); });
 }
 
-// Selects for a token that sees more than topk keys, by a warp. Calls is_read() when it no longer
-// needs the row.
-template <int kDim, class IsRead>
-__device__ void select_row(const KeptRow& row, SelectScratch& scratch, uint32_t* words, int topk,
-                           int32_t* out, const IsRead& is_read) {
-    using Walk = RowWalk<kDim == 64 ? 16 : 8, 4>;
-    static_assert(2 * kMostKeptWords + 4 * Walk::kColumns <= row_words(kDim));
+// Marks the topk best of more than so many in bits.better, by a warp.
+template <int kDim>
+__device__ void mark_set(const KeptRow& row, SelectScratch& scratch, const RowBits& bits,
+                         uint32_t* stages, int topk) {
     const ThreadGroup<32> group = this_warp();
-    const RowBits bits{words, (row.length + 31) / 32};
-    Walk walk(row, words + 2 * kMostKeptWords);
+    StagedWalk<kDim> walk(row, stages);
     walk.start();
     const EqualBins bins = count_row(walk, scratch);
     walk.start();
@@ -344,10 +352,24 @@ __device__ void select_row(const KeptRow& row, SelectScratch& scratch, uint32_t*
         mark_inside(bits, row, reinterpret_cast<uint2*>(scratch.histogram), cut.wanted);
     } else if (!bits.mark_plateau(walk, row, topk)) {
         const Threshold threshold = find_threshold(group, scratch, row, topk);
-        write_ascending<row_words(kDim)>(group, scratch, row, threshold, row.length, words, out);
-        return is_read();
+        for (int i = group.lane(); i < bits.words; i += 32) bits.better[i] = 0;
+        __syncwarp();
+        for_each(group, row, [&](const auto& keys, const auto& entries) {
+#pragma unroll
+            for (int u = 0; u < kLaneCandidates; ++u)
+                bits.add(entries[u].position, belongs(keys[u], entries[u].position, threshold));
+        });
+        __syncwarp();
     }
-    is_read();
+}
+
+// Selects for a token that sees more than topk keys, by a warp with row_words(kDim) words.
+template <int kDim>
+__device__ void select_row(const KeptRow& row, SelectScratch& scratch, uint32_t* words, int topk,
+                           int32_t* out) {
+    static_assert(2 * kMostKeptWords + StagedWalk<kDim>::kWords <= row_words(kDim));
+    const RowBits bits{words, words + kMostKeptWords, (row.length + 31) / 32};
+    mark_set<kDim>(row, scratch, bits, words + 2 * kMostKeptWords, topk);
     write_bits(bits.better, bits.words, scratch, out);
 }
 

@@ -160,7 +160,7 @@ __device__ void keep_and_select(const IndexerTopkParams& p, TopkStorage<Shape>& 
     if (t < Shape::kTokens && run.tokens >> t & 1) {
         const KeptRow own_row{row_of<Shape>(p, t), p.room, 0, s.tokens[t].visible};
         select_row<Shape::kDim>(own_row, s.scratch[t], s.bitmap[t], p.topk,
-                                indices_of(p, first_token + t), [] {});
+                                indices_of(p, first_token + t));
     }
     named_barrier_sync(kSyncScorers, kScoreThreads);
 }
