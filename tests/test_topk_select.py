@@ -40,12 +40,13 @@ def test_long_rows(tier, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("copies", [1, 8])
+@pytest.mark.parametrize("copies", [1, 3, 8])
 @pytest.mark.parametrize(
     "width, topk", [(1200, 700), (8192, 2048), (9000, 2048), (20_000, 5), (131_072, 4096)]
 )
 def test_rows_that_defeat_a_guess(tier, width, topk, copies, dtype):
-    """Few of them, which share the GPU in clusters, and so many that each has a block of threads of its own."""
+    """Few of them, which share the GPU in clusters; as many as it just holds; and so many that each has a block of
+    threads of its own."""
     if copies > 1 and tier.name != "cuda":
         pytest.skip("only CUDA has a design for many rows")
     if tier.interpreted:
@@ -60,12 +61,21 @@ def test_rows_that_defeat_a_guess(tier, width, topk, copies, dtype):
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 @pytest.mark.parametrize(
     "rows, width",
-    [(1500, 32_768), (2000, 16_000), (3000, 8000), (3000, 4096), (20, 70_001), (3, 450_000)],
+    [
+        (1500, 32_768),
+        (2000, 16_000),
+        (3000, 8000),
+        (3000, 4096),
+        (20, 70_001),
+        (3, 450_000),
+        (60, 131_072),
+        (66, 150_003),
+    ],
 )
 def test_every_row_of_many(name, rows, width):
-    """More rows than run at a time, of different lengths, again and again: all of them right, every time."""
+    """More rows than run at a time, or as many, of any length, again and again: all of them right, every time."""
     scores = torch.randn(rows, width, device="cuda")
-    lengths = torch.randint(width // 2, width, (rows,), dtype=torch.int32, device="cuda")
+    lengths = torch.randint(0, width, (rows,), dtype=torch.int32, device="cuda")
     starts = torch.randint(0, 9, (rows,), dtype=torch.int32, device="cuda")
     expected = reference(scores, 2048, starts, lengths)
     with dsa_kernels.use(name):

@@ -37,6 +37,10 @@ constexpr int kDigits = 3, kDigitBits = 11;
 constexpr uint32_t kDigitBins = 1 << kDigitBits;
 constexpr int kBinGroups = kDigitBins / 32;
 constexpr uint32_t kNoKey = ~0u;  // of a column that is not there
+constexpr int kMostTopk = 4096;
+constexpr int kBeforeBits = 13;  // of a count up to kMostTopk
+constexpr uint32_t kBefore = (1 << kBeforeBits) - 1;
+static_assert(kMostTopk <= kBefore);
 
 // ~order_key(score), of which every instruction counts here.
 __device__ __forceinline__ uint32_t descending_key(float score) {
@@ -45,7 +49,9 @@ __device__ __forceinline__ uint32_t descending_key(float score) {
     return score == score ? bits ^ (~sign & 0x7fffffffu) : ~1u;
 }
 
-constexpr int kMostTopk = 4096;
+// Vectors of four keys that a thread may hold in registers.
+template <typename T>
+constexpr int kMostHeld = sizeof(T) == 4 ? 12 : 0;
 
 struct alignas(16) ResidentStorage {
     struct Histogram {
@@ -60,25 +66,31 @@ struct alignas(16) ResidentStorage {
         int32_t chosen[kMostTopk];  // afterwards: the block's members
     };
     uint32_t all_members[2];           // keys before the cut, keys equal to it
-    uint32_t members[kResidentWarps];  // the same of each warp, the second in the upper half
+    uint32_t members[kResidentWarps];  // the same of each warp, the second above kBeforeBits
     alignas(16) uint4 keys[];          // of the block's columns
 };
 
-// A block's columns: `vectors` of four a thread.
+// A block's columns: `vectors` of four a thread, of which the first ones may be held in registers.
 struct Slice {
     int vectors;
 
-    // The columns of a block, if a cluster of `blocks` shares so many.
-    __host__ __device__ Slice(int columns, int blocks)
-        : vectors((columns + kSliceColumns * blocks - 1) / (kSliceColumns * blocks)) {}
+    // The columns of a block, if a cluster of `blocks` shares so many; some more than are held.
+    __host__ __device__ Slice(int columns, int blocks, int held)
+        : vectors((columns + kSliceColumns * blocks - 1) / (kSliceColumns * blocks)) {
+        if (held > 0 && vectors < held + 2) vectors = held + 2;
+    }
 
     __host__ __device__ int columns() const { return vectors * kSliceColumns; }
-    __host__ __device__ int stride() const { return vectors | 1; }  // of a thread, in vectors
+    // In shared memory, of a thread: vectors, and from one thread's to the next one's.
+    __host__ __device__ int shared(int held) const { return vectors - held; }
+    __host__ __device__ int stride(int held) const { return shared(held) | 1; }
 };
 
-template <typename T>
+// kHeld: vectors of a thread that stay in registers; of fp32 rows only.
+template <typename T, int kHeld>
 struct Resident {
     static constexpr int kVector = 16 / sizeof(T);
+    static_assert(kHeld == 0 || kVector == 4);
     static constexpr int kInFlight = 4;  // vectors that a thread loads at a time
     union Vector {
         uint4 raw;
@@ -89,51 +101,102 @@ struct Resident {
     ResidentStorage& s;
     const int rank = cluster_rank();
     const int blocks = cluster_size();
-    const Slice slice{row.end, blocks};
+    const Slice slice{row.end, blocks, kHeld};
     const int first = rank * slice.columns();  // this block's first one
-    const uint4* own = s.keys + threadIdx.x * slice.stride();
+    uint4* own = s.keys + threadIdx.x * slice.stride(kHeld);
     const ThreadGroup<kResidentThreads> group{static_cast<int>(threadIdx.x), 0};
+    uint4 held[kHeld > 0 ? kHeld : 1];
+
+    // Calls f(keys) for this thread's vectors.
+    template <class F>
+    __device__ __forceinline__ void for_each_own(const F& f) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) f(held[i]);
+#pragma unroll 2
+        for (int i = 0; i < slice.shared(kHeld); ++i) f(own[i]);
+    }
+
+    // The keys of four scores from a column on, which are counted by their first digit.
+    __device__ uint4 keys_of(const T* scores, int column) {
+        uint32_t keys[4];
+#pragma unroll
+        for (int v = 0; v < 4; ++v) keys[v] = descending_key(static_cast<float>(scores[v]));
+        if (column < row.begin || row.end < column + 4) {
+#pragma unroll
+            for (int v = 0; v < 4; ++v)
+                if (column + v < row.begin || row.end <= column + v) keys[v] = kNoKey;
+        }
+#pragma unroll
+        for (int v = 0; v < 4; ++v) count(s.digits[0], keys[v] >> (32 - kDigitBits));
+        return {keys[0], keys[1], keys[2], keys[3]};
+    }
 
     // The keys of the block's columns, and the counts of their first digit. All threads call
     // meanwhile() while the first of them come.
     template <class Meanwhile>
     __device__ void load(const Meanwhile& meanwhile) {
-        const uint4* source = reinterpret_cast<const uint4*>(row.scores + first);
-        const int vectors = slice.columns() / kVector;
-        // Of a vector: how many gaps lie before it. (Division by an even number, as a product.)
-        const uint32_t inverse = slice.vectors % 2 ? 0 : ~0u / slice.vectors + 1;
-#pragma unroll 1
-        for (int begin = 0; begin < vectors; begin += kResidentThreads * kInFlight) {
-            const int base = begin + threadIdx.x;
-            Vector vector[kInFlight];
+        const auto* source = reinterpret_cast<const uint4*>(row.scores + first);
+        const auto column_of = [&](int vector) { return first + vector * kVector; };
+        const auto fetch = [&](int vector, bool there) {
+            there = there && column_of(vector) < row.end;
+            return there ? load_once(source + vector) : uint4{0, 0, 0, 0};
+        };
+        // Neighbouring threads load neighbouring vectors of those in shared memory. Whose one is: a
+        // division, as a product.
+        const int shared = slice.shared(kHeld), vectors = kResidentThreads * shared * 4 / kVector;
+        const uint32_t inverse = ~0u / shared + 1, gaps = shared % 2 ? 0 : inverse;
+        const auto with_held = [&](int i) {
+            return kHeld == 0 ? i : i + kHeld * (1 + static_cast<int>(__umulhi(i, inverse)));
+        };
+        if constexpr (kHeld > 0) {
+            const int own_first = threadIdx.x * slice.vectors;
 #pragma unroll
-            for (int u = 0; u < kInFlight; ++u) {
-                const int i = base + u * kResidentThreads;
-                const bool there = i < vectors && first + i * kVector < row.end;
-                vector[u].raw = there ? load_once(source + i) : uint4{0, 0, 0, 0};
+            for (int i = 0; i < kHeld; ++i) held[i] = fetch(own_first + i, true);
+            meanwhile();
+#pragma unroll
+            for (int i = 0; i < kHeld; ++i) {
+                const Vector vector{held[i]};
+                held[i] = keys_of(vector.value, column_of(own_first + i));
             }
-            if (begin == 0) meanwhile();
+        }
+        const auto fill = [&](Vector(&vector)[kInFlight], int begin) {
 #pragma unroll
             for (int u = 0; u < kInFlight; ++u) {
-                const int i = base + u * kResidentThreads, column = first + i * kVector;
+                const int i = begin + threadIdx.x + u * kResidentThreads;
+                vector[u].raw = fetch(with_held(i), i < vectors);
+            }
+        };
+        const auto keep = [&](const Vector(&vector)[kInFlight], int begin) {
+#pragma unroll
+            for (int u = 0; u < kInFlight; ++u) {
+                const int i = begin + threadIdx.x + u * kResidentThreads;
                 if (i >= vectors) break;
-                uint32_t keys[kVector];
-#pragma unroll
-                for (int v = 0; v < kVector; ++v)
-                    keys[v] = descending_key(static_cast<float>(vector[u].value[v]));
-                if (column < row.begin || row.end < column + kVector) {
-#pragma unroll
-                    for (int v = 0; v < kVector; ++v)
-                        if (column + v < row.begin || row.end <= column + v) keys[v] = kNoKey;
-                }
-#pragma unroll
-                for (int v = 0; v < kVector; ++v) count(s.digits[0], keys[v] >> (32 - kDigitBits));
 #pragma unroll
                 for (int v = 0; v < kVector; v += 4) {
-                    const int at = (i * kVector + v) / 4;
-                    s.keys[at + __umulhi(at, inverse)] = {keys[v], keys[v + 1], keys[v + 2],
-                                                          keys[v + 3]};
+                    const int four = (i * kVector + v) / 4;
+                    s.keys[four + __umulhi(four, gaps)] =
+                        keys_of(vector[u].value + v, column_of(with_held(i)) + v);
                 }
+            }
+        };
+        constexpr int kStep = kResidentThreads * kInFlight;
+        Vector even[kInFlight];
+        if constexpr (kHeld == 0) {
+#pragma unroll 1
+            for (int begin = 0; begin < vectors; begin += kStep) {
+                fill(even, begin);
+                if (begin == 0) meanwhile();
+                keep(even, begin);
+            }
+        } else {  // registers for twice as many
+            Vector odd[kInFlight];
+            fill(even, 0);
+#pragma unroll 1
+            for (int begin = 0; begin < vectors; begin += 2 * kStep) {
+                fill(odd, begin + kStep);
+                keep(even, begin);
+                fill(even, begin + 2 * kStep);
+                keep(odd, begin + kStep);
             }
         }
     }
@@ -153,12 +216,15 @@ struct Resident {
             const uint32_t end = cut.value + (1u << shift);
             if (cut.wanted == cut.count && end != 0) return {end, 0, 0};
             shift = max(shift - kDigitBits, 0);
-#pragma unroll 2
-            for (int i = 0; i < slice.vectors; ++i) {
-                const uint4 four = own[i];
-                for (uint32_t key : {four.x, four.y, four.z, four.w})
-                    count(s.digits[digit], min((key - cut.value) >> shift, kDigitBins));
-            }
+            for_each_own([&](uint4 four) {
+                const auto bin = [&](uint32_t key) {
+                    return min((key - cut.value) >> shift, kDigitBins);
+                };
+                const uint4 bins{bin(four.x), bin(four.y), bin(four.z), bin(four.w)};
+                const uint32_t first_bin = min(min(bins.x, bins.y), min(bins.z, bins.w));
+                if (digit == kDigits - 1 && first_bin == kDigitBins) return;  // most of them
+                for (uint32_t b : {bins.x, bins.y, bins.z, bins.w}) count(s.digits[digit], b);
+            });
             const Cut bin = find_bin(s.digits[digit], cut.wanted);
             cut = {cut.value + (bin.value << shift), bin.wanted, bin.count};
         }
@@ -218,22 +284,50 @@ struct Resident {
                 __shfl_sync(~0u, bin.count, source)};
     }
 
+    // Of eight vectors, a bit each: keys before the cut, and keys equal to it.
+    struct Marks {
+        uint32_t before = 0, equal = 0;
+
+        __device__ void add(uint4 four, uint32_t cut, int shift) {
+            before |=
+                ((four.x < cut) | (four.y < cut) << 1 | (four.z < cut) << 2 | (four.w < cut) << 3)
+                << shift;
+            equal |= ((four.x == cut) | (four.y == cut) << 1 | (four.z == cut) << 2 |
+                      (four.w == cut) << 3)
+                     << shift;
+        }
+        // How many keys lie before the cut and, above kBeforeBits, how many equal it.
+        __device__ uint32_t count() const {
+            return __popc(before) + (__popc(equal) << kBeforeBits);
+        }
+    };
+
     // Writes the positions of the block's members, ascending.
     __device__ void write(Cut cut) {
         const uint32_t wanted = cut.wanted;
-        // How many keys lie before the cut and, in the upper half, how many equal it.
         uint32_t members = 0;
+        Marks held_marks[(kHeld + 8) / 8];
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) held_marks[i / 8].add(held[i], cut.value, i % 8 * 4);
+#pragma unroll
+        for (const Marks& marks : held_marks) members += marks.count();
+        // Those of the vectors in shared memory take the place of the first of these.
+        const int shared = slice.shared(kHeld);
+        const auto own_marks = [&](int i) -> Marks& { return reinterpret_cast<Marks&>(own[i]); };
+#pragma unroll 1
+        for (int i = 0; 8 * i < shared; ++i) {
+            Marks marks;
+            const int last = min(shared - 8 * i, 8);
 #pragma unroll 2
-        for (int i = 0; i < slice.vectors; ++i) {
-            const uint4 four = own[i];
-            for (uint32_t key : {four.x, four.y, four.z, four.w})
-                members += key < cut.value ? 1 : key == cut.value ? 1 << 16 : 0;
+            for (int j = 0; j < last; ++j) marks.add(own[8 * i + j], cut.value, 4 * j);
+            members += marks.count();
+            own_marks(i) = marks;
         }
         const uint32_t up_to = sum_up_to(static_cast<int>(members));
         if (group.lane() == 31) {
             s.members[group.warp()] = up_to;
-            shared_add(shared_address(s.all_members), up_to & 0xffff);
-            shared_add(shared_address(s.all_members + 1), up_to >> 16);
+            shared_add(shared_address(s.all_members), up_to & kBefore);
+            shared_add(shared_address(s.all_members + 1), up_to >> kBeforeBits);
         }
         uint32_t before = 0, equal = 0;  // members of the blocks, then of the threads before this
         cluster_arrive();
@@ -246,25 +340,29 @@ struct Resident {
         cluster_arrive();  // nobody looks at this block's memory from here on
         // Where the member goes that `of_block` of the block's come before.
         const auto place = [&](uint32_t of_block) {
-            return before + (of_block & 0xffff) + min(equal + (of_block >> 16), wanted);
+            return before + (of_block & kBefore) + min(equal + (of_block >> kBeforeBits), wanted);
         };
         const uint32_t of_warp = group.lane() < kResidentWarps ? s.members[group.lane()] : 0;
         const uint32_t earlier =
             __reduce_add_sync(~0u, group.lane() < group.warp() ? of_warp : 0) + up_to - members;
         const uint32_t begin = place(0), end = place(__reduce_add_sync(~0u, of_warp));
         int32_t* next = s.chosen + (place(earlier) - begin);
-        int ties = wanted - min(equal + (earlier >> 16), wanted);  // that still belong
+        int ties = wanted - min(equal + (earlier >> kBeforeBits), wanted);  // that still belong
+        int position = first + 4 * threadIdx.x * slice.vectors - row.begin;
+        const auto put = [&](const Marks& marks, int columns) {
+            uint32_t equal = ties > 0 ? marks.equal : 0;
 #pragma unroll 1
-        for (int i = 0; i < slice.vectors; ++i) {
-            const uint4 four = own[i];
-            if (min(min(four.x, four.y), min(four.z, four.w)) > cut.value) continue;
-            int position = first + 4 * (threadIdx.x * slice.vectors + i) - row.begin;
-            for (uint32_t key : {four.x, four.y, four.z, four.w}) {
-                if (key < cut.value + (ties > 0)) *next++ = position;
-                ties -= key == cut.value;
-                ++position;
-            }
-        }
+            while (__popc(equal) > ties) equal ^= 0x80000000u >> __clz(equal);  // only the first
+            ties -= __popc(equal);
+#pragma unroll 1
+            for (uint32_t left = marks.before | equal; left != 0; left &= left - 1)
+                *next++ = position + __ffs(left) - 1;
+            position += columns;
+        };
+#pragma unroll
+        for (int i = 0; i < kHeld; i += 8) put(held_marks[i / 8], 4 * min(kHeld - i, 8));
+#pragma unroll 1
+        for (int i = 0; 8 * i < shared; ++i) put(own_marks(i), 32);
         __syncthreads();
 #pragma unroll 1
         for (uint32_t i = begin + threadIdx.x; i < end; i += kResidentThreads)
@@ -273,8 +371,8 @@ struct Resident {
     }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kResidentThreads, 3)
+template <typename T, int kHeld>
+__global__ void __launch_bounds__(kResidentThreads, kHeld > 0 ? 1 : 3)
     topk_select_resident_kernel(const TopkSelectParams p) {
     extern __shared__ __align__(16) uint8_t shared[];
     ResidentStorage& s = *reinterpret_cast<ResidentStorage*>(shared);
@@ -291,7 +389,7 @@ __global__ void __launch_bounds__(kResidentThreads, 3)
     const Row<T> row(p, blockIdx.x / blocks);
     const int thread = rank * kResidentThreads + threadIdx.x;
     if (row.take_all(p.topk, thread, blocks * kResidentThreads)) return;
-    Resident<T> resident{row, s};
+    Resident<T, kHeld> resident{row, s};
     resident.load([&] {
         clear(kFirst, kClear);
         __syncthreads();

@@ -15,34 +15,42 @@
 namespace dsa {
 namespace {
 
-// Of a row of `width` columns that begins at any address.
-Slice slice_of(int width, int blocks) { return {width + 16 / 2 - 1, blocks}; }
+// How a row is shared: by so many blocks, whose threads hold so many vectors in registers.
+struct Sharing {
+    int blocks;
+    int held;
+};
 
-int resident_bytes(int width, int blocks) {
-    const int keys = kResidentThreads * slice_of(width, blocks).stride();
+// Of a row of `width` columns that begins at any address.
+Slice slice_of(int width, Sharing sharing) {
+    return {width + 16 / 2 - 1, sharing.blocks, sharing.held};
+}
+
+int resident_bytes(int width, Sharing sharing) {
+    const int keys = kResidentThreads * slice_of(width, sharing).stride(sharing.held);
     return sizeof(ResidentStorage) + sizeof(uint4) * keys;
 }
 
-template <typename T>
+template <typename T, int kHeld>
 void launch_resident(const TopkSelectParams& p, int blocks, cudaStream_t stream) {
     STD_TORCH_CHECK(p.topk <= kMostTopk, "topk: at most ", kMostTopk, ", not ", p.topk);
-    auto* kernel = topk_select_resident_kernel<T>;
+    auto* kernel = topk_select_resident_kernel<T, kHeld>;
     allow_shared_memory(kernel, kMostSharedBytes);
     allow_large_clusters(kernel);
-    launch_after(stream, kernel, p.rows * blocks, kResidentThreads, resident_bytes(p.width, blocks),
-                 blocks, p);
+    launch_after(stream, kernel, p.rows * blocks, kResidentThreads,
+                 resident_bytes(p.width, {blocks, kHeld}), blocks, p);
 }
 
 // How many rows the GPU holds at a time. (The blocks of a cluster lie in one GPC, and what is left
 // of it stays idle.)
-int rows_at_once(int width, int blocks) {
+int rows_at_once(int width, Sharing sharing) {
     static std::mutex mutex;
     static std::map<std::pair<int, int>, int> known;
-    const int bytes = resident_bytes(width, blocks);
+    const int bytes = resident_bytes(width, sharing), blocks = sharing.blocks;
     const std::lock_guard lock(mutex);
     const auto [entry, is_new] = known.try_emplace({bytes, blocks});
     if (is_new) {
-        auto* kernel = topk_select_resident_kernel<float>;
+        auto* kernel = topk_select_resident_kernel<float, 0>;
         allow_shared_memory(kernel, kMostSharedBytes);
         allow_large_clusters(kernel);
         entry->second = active_clusters(kernel, kResidentThreads, bytes, blocks);
@@ -50,27 +58,35 @@ int rows_at_once(int width, int blocks) {
     return entry->second;
 }
 
-// The fewest blocks whose shared memory holds a row that is too long for one: as many rows as fit
-// at once, or three times as many where two blocks share an SM. 1 if it had better stream.
-int blocks_of_long_row(const TopkSelectParams& p) {
-    for (const bool in_turns : {false, true}) {
+// How a row that is too long for one block is shared: by the fewest blocks that hold it where all
+// rows fit at once, with the help of registers if they must; or three times as many rows where two
+// blocks share an SM. By one block if it had better stream.
+template <typename T>
+Sharing sharing_of_long_row(const TopkSelectParams& p) {
+    struct Way {
+        int held, bytes, turns;
+    };
+    for (const Way way : {Way{0, kMostSharedBytes, 1}, Way{kMostHeld<T>, kMostSharedBytes, 1},
+                          Way{0, kMostSharedBytes / 2, 3}})
         for (int blocks = 2; blocks <= kMostBlocks; blocks *= 2) {
-            const int bytes = resident_bytes(p.width, blocks);
-            if (bytes > (in_turns ? kMostSharedBytes / 2 : kMostSharedBytes)) continue;
-            if (p.rows <= (in_turns ? 3 : 1) * rows_at_once(p.width, blocks)) return blocks;
+            const Sharing sharing{blocks, way.held};
+            if (resident_bytes(p.width, sharing) <= way.bytes &&
+                p.rows <= way.turns * rows_at_once(p.width, sharing))
+                return sharing;
         }
-    }
-    return 1;
+    return {1, 0};
 }
 
 // The blocks that share a row: those that the GPU has to spare.
-int blocks_of_row(const TopkSelectParams& p, bool is_short) {
-    int blocks = is_short ? 1 : blocks_of_long_row(p);
-    if (!is_short && blocks == 1) return blocks;
-    while (blocks < kMostBlocks && int64_t{p.rows} * 2 * blocks <= num_multiprocessors() &&
-           slice_of(p.width, blocks).columns() > 4096)
-        blocks *= 2;
-    return blocks;
+template <typename T>
+Sharing sharing_of_row(const TopkSelectParams& p, bool is_short) {
+    Sharing sharing = is_short ? Sharing{1, 0} : sharing_of_long_row<T>(p);
+    if (!is_short && sharing.blocks == 1) return sharing;
+    while (sharing.blocks < kMostBlocks &&
+           int64_t{p.rows} * 2 * sharing.blocks <= num_multiprocessors() &&
+           slice_of(p.width, sharing).columns() > 4096)
+        sharing.blocks *= 2;
+    return sharing;
 }
 
 template <typename T>
@@ -130,9 +146,11 @@ template <typename T>
 void launch(TopkSelectParams& p, cudaStream_t stream) {
     constexpr int kMostBracketed = 32768;
     const bool is_short = p.width <= kMostBracketed;
-    const int blocks = blocks_of_row(p, is_short);
-    if (blocks > 1) {
-        launch_resident<T>(p, blocks, stream);
+    const Sharing sharing = sharing_of_row<T>(p, is_short);
+    if (sharing.held > 0) {
+        launch_resident<T, kMostHeld<T>>(p, sharing.blocks, stream);
+    } else if (sharing.blocks > 1) {
+        launch_resident<T, 0>(p, sharing.blocks, stream);
     } else if (is_short) {
         launch_bracket<T>(p, stream);
     } else {
