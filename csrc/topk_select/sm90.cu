@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
-#include <utility>
+#include <tuple>
 
 #include "common/cuda.h"
 #include "topk_select/bracket.cuh"
@@ -45,12 +45,14 @@ void launch_resident(const TopkSelectParams& p, int blocks, cudaStream_t stream)
 // of it stays idle.)
 int rows_at_once(int width, Sharing sharing) {
     static std::mutex mutex;
-    static std::map<std::pair<int, int>, int> known;
-    const int bytes = resident_bytes(width, sharing), blocks = sharing.blocks;
+    static std::map<std::tuple<int, int, int>, int> known;
+    const int bytes = resident_bytes(width, sharing);
+    const auto [blocks, held] = sharing;
     const std::lock_guard lock(mutex);
-    const auto [entry, is_new] = known.try_emplace({bytes, blocks});
+    const auto [entry, is_new] = known.try_emplace({bytes, blocks, held});
     if (is_new) {
-        auto* kernel = topk_select_resident_kernel<float, 0>;
+        auto* kernel = held > 0 ? topk_select_resident_kernel<float, kMostHeld<float>>
+                                : topk_select_resident_kernel<float, 0>;
         allow_shared_memory(kernel, kMostSharedBytes);
         allow_large_clusters(kernel);
         entry->second = active_clusters(kernel, kResidentThreads, bytes, blocks);
