@@ -7,9 +7,9 @@
 // store and a predicated addition: no ballot, no atomics, no branch. The bounds are guesses from a
 // sample of the keys, 1024 to 4096 in tiles spread over the sequence, whose scores stay in shared
 // memory: at 131072 keys and topk = 2048 about 3500 to 3900 pass. After the last key each warp
-// selects from a list, which it reads twice where it lies: 1024 equal bins between the bound and
-// the best of the sample leave one bin open, a few candidates that the warp compares; all better
-// ones are marked in a bitmap, which writes the set in order.
+// selects from a list, which it reads twice, ahead through shared memory that is free by then: 1024
+// equal bins between the bound and the best of the sample leave one bin open, a few candidates that
+// the warp compares; all better ones are marked in a bitmap, which writes the set in order.
 //
 // Tokens whose list has fewer than topk candidates, or more than it holds, walk their keys again
 // with certain bounds: now the scorers meet every few tiles, the room left in the fullest segment
@@ -23,10 +23,10 @@
 // tell each other is the next block of tokens and which of a run's come again. Workspace: 132
 // blocks x 8 lists x 7.4 K candidates of 8 bytes, 60 MB.
 //
-// Measured on an H200 at 16 heads x 64: 0.31 ms for 2048 tokens at the end of 32768 keys, 0.89 for
-// 131072, where the products alone are 0.41; 31.2 ms for all of 131072. A block takes 3.0 us for
+// Measured on an H200 at 16 heads x 64: 0.29 ms for 2048 tokens at the end of 32768 keys, 0.87 for
+// 131072, where the products alone are 0.41; 29.9 ms for all of 131072. A block takes 3.0 us for
 // each 1024 keys, bound by the sums over heads (361 instructions a warp and tile, 256 of them ReLU
-// and sums), and 59 us whatever their number, for the sample and the lists.
+// and sums), and about 51 us whatever their number, for the start, the sample and the lists.
 #pragma once
 
 #include "common/indexer_tile.cuh"
