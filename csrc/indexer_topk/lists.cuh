@@ -79,6 +79,7 @@ struct ColumnList {
 template <int kAhead, class F>
 __device__ __forceinline__ void for_each_entry(const ColumnList& list, void* stages, const F& f) {
     constexpr int kRows = kLaneCandidates / 2;
+    constexpr int kRowsAhead = kAhead > 0 ? kAhead * kRows : kRows;
     const int lane = threadIdx.x % 32;
     const uint32_t stage = shared_address(stages) + lane * sizeof(float4);
 #pragma unroll 1
@@ -87,7 +88,7 @@ __device__ __forceinline__ void for_each_entry(const ColumnList& list, void* sta
         const int2 counts = part ? list.counts[1] : list.counts[0];
         const int rows = part ? list.rows[1] : list.rows[0];
         const int own_rows = max(counts.x, counts.y);
-        const auto place = [&](int row) { return stage + row % (kAhead * kRows) * kRowBytes; };
+        const auto place = [&](int row) { return stage + row % kRowsAhead * kRowBytes; };
         const auto fetch = [&](int row) {
 #pragma unroll
             for (int u = 0; u < kRows; ++u)
