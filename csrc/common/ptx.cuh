@@ -271,6 +271,15 @@ __device__ __forceinline__ void shared_store(uint32_t address, int value, bool a
         : "memory");
 }
 
+__device__ __forceinline__ void shared_store(uint32_t address, float first, int second,
+                                             bool active) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p st.shared::cta.v2.b32 [%0], {%1, %2}; }" ::"r"(
+            address),
+        "r"(__float_as_int(first)), "r"(second), "r"(int{active})
+        : "memory");
+}
+
 // The same for the lower half of a word; then the address is that of the next half.
 __device__ __forceinline__ void shared_append(uint32_t& address, uint32_t value, uint32_t active) {
     asm volatile(
@@ -278,15 +287,6 @@ __device__ __forceinline__ void shared_append(uint32_t& address, uint32_t value,
         "@p st.shared::cta.b16 [%0], half; @p add.u32 %0, %0, 2; }"
         : "+r"(address)
         : "r"(value), "r"(active)
-        : "memory");
-}
-
-__device__ __forceinline__ void shared_store(uint32_t address, float first, int second,
-                                             bool active) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p st.shared::cta.v2.b32 [%0], {%1, %2}; }" ::"r"(
-            address),
-        "r"(__float_as_int(first)), "r"(second), "r"(int{active})
         : "memory");
 }
 
