@@ -72,23 +72,26 @@ constexpr int kNoBin = kBins;
 // Equal bins over a range, for any score: what lies outside counts in the first and the last, NaN
 // in the first. The distance from `low`, held to [0, 1], becomes the last bits of a sum. Two
 // roundings, neither of which falls as the score rises, so a bin never does.
+template <int kCount>
 struct EqualBins {
     static constexpr uint32_t kFirst = 0x4b000000;  // 2^23, a float whose last bit counts ones
-    static constexpr float kSteepest = 1e30f;       // for a range of one value
+    static constexpr uint32_t kNowhere = kFirst + kCount;  // behind the last one
+    static constexpr float kSteepest = 1e30f;              // for a range of one value
     float scale;
     float shift;
     float low;
     float width;
 
+    EqualBins() = default;
     __device__ EqualBins(float low_, float high)
         : scale(fminf(1.0f / (high - low_), kSteepest)),
           shift(-low_ * scale),
           low(low_),
-          width((high - low_) / (kBins - 1)) {}
+          width((high - low_) / (kCount - 1)) {}
     // kFirst for the first bin.
     __device__ uint32_t number(float score) const {
         const float place = __saturatef(fmaf(score, scale, shift));
-        return __float_as_uint(fmaf(place, kBins - 1, __uint_as_float(kFirst)));
+        return __float_as_uint(fmaf(place, kCount - 1, __uint_as_float(kFirst)));
     }
     __device__ int bin(float score) const { return number(score) - kFirst; }
     // About where a bin begins.
@@ -213,25 +216,31 @@ __device__ Cut reach(const Group& group, int own, int wanted) {
             __shfl_sync(~0u, own, lane)};
 }
 
-// The bin, counted from the top, that holds the `wanted`-th value.
+// The bin of kCount, counted from the top, that holds the `wanted`-th value. By a warp: a run of
+// kCount / 32 bins, then the bin.
+template <int kCount>
+__device__ Cut find_bin(const uint32_t* counts, int wanted) {
+    constexpr unsigned kRun = kCount / 32, kPieces = kRun / 4;
+    static_assert(kRun <= 32 && kPieces <= 8);
+    const ThreadGroup<32> warp{static_cast<int>(threadIdx.x % 32), 0};
+    const auto* own = reinterpret_cast<const uint4*>(counts + kCount - kRun * (warp.lane() + 1));
+    int run = 0;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {  // eight lanes read all banks
+        const uint4 four = own[(i + warp.lane() * kPieces / 8) % kPieces];
+        run += four.x + four.y + four.z + four.w;
+    }
+    const Cut outer = reach(warp, run, wanted);
+    const int top = kCount - 1 - kRun * outer.value;
+    const Cut inner = reach(warp, warp.lane() < kRun ? counts[top - warp.lane()] : 0, outer.wanted);
+    __syncwarp();  // the counts are read
+    return {top - inner.value, inner.wanted, inner.count};
+}
+
+// The same for a group and its histogram.
 template <class Group>
 __device__ Cut find_bin(const Group& group, SelectScratch& s, int wanted) {
-    if constexpr (Group::kWarps == 1) {  // the run of 32 bins, then the bin
-        static_assert(kBins == 32 * 32);
-        const int own = kBins - 32 * (group.lane() + 1);  // the first of this lane's run
-        int run = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {  // eight lanes read all banks
-            const auto* four = reinterpret_cast<const uint4*>(s.histogram + own);
-            const uint4 counts = four[(i + group.lane()) % 8u];
-            run += counts.x + counts.y + counts.z + counts.w;
-        }
-        const Cut outer = reach(group, run, wanted);
-        const int top = kBins - 1 - 32 * outer.value;
-        const Cut inner = reach(group, s.histogram[top - group.lane()], outer.wanted);
-        group.sync();  // the counts are read
-        return {top - inner.value, inner.wanted, inner.count};
-    }
+    if constexpr (Group::kWarps == 1) return find_bin<kBins>(s.histogram, wanted);
     constexpr int kOwnBins = kBins / Group::kThreads;  // bins of a thread
     int counts[kOwnBins], sum = 0, all;
     const int top = kBins - 1 - group.thread * kOwnBins;

@@ -3,21 +3,25 @@
 //
 // Scoring is bound by the sums over heads, selection by latency. Done in turn by the same warps
 // they took 16.9 ms for 64 sequences of 2048 to 14333 tokens (H200, 16 heads x 64); here seven
-// warps do nothing but select, a token at a time, while the scorers are at the next tokens: 13.4,
-// 26% of the limit, FP8 products. Scores alone take 8.8. For 16 heads and more: with fewer, scores
-// are made so fast that eight warps which do both in turn are sooner done (sm90.cuh).
+// warps do nothing but select, a token at a time, while the scorers are at the next tokens: 12.1,
+// 29% of the limit, FP8 products. For 16 heads and more: with fewer, scores are made so fast that
+// eight warps which do both in turn are sooner done (sm90.cuh).
+//
+// Scorers count what they score, four instructions a score: in 512 bins a token, from four
+// deviations below the mean of its first scores to four above. (Not over their range, which a
+// single score far from all others would stretch.) So a row that is complete is read once.
 //
 // The scores of a run of tokens are written behind those of the last one, in a ring for each token
 // of the block: where two runs do not fit, scorers wait in between until the selectors have read
-// the last one, which they have before they write its set.
+// the last one, which they have before they rank the last few columns and write the set.
 //
 // One warp loads keys, a lane for each ring, and takes the next tokens from a counter before the
 // scorers are done with the last, so that no one waits for it. Scorers have 184 registers, the
 // others 72: no spills.
 //
-// What is left: scorers wait a fifth of their time for selectors and these a quarter for scorers,
-// as rows of more than half the room leave none for the next run, and eight rows are two turns for
-// seven. And power: at 700 W the clock falls from 1980 to 1830 MHz; one call alone takes 12.9.
+// What is left: scorers wait a tenth of their time for selectors, as rows of more than half the
+// room leave none for the next run, and eight rows are two turns for seven. And power: at 700 W the
+// clock falls; alone, with a cool GPU, a call takes 10.9.
 #pragma once
 
 #include "indexer_topk/rows.cuh"
@@ -28,6 +32,7 @@ constexpr int kSelectors = 7;  // warps
 constexpr int kSelectThreads = 32 * kSelectors;
 constexpr int kKeptThreads = kScoreThreads + kSelectThreads + 32;
 constexpr int kKeptScorerRegisters = 184, kHelperRegisters = 72;  // of 128 at the start
+constexpr int kKeptAtOnce = 2;   // tiles in one stream of products: less code than four
 constexpr int kBlocksAhead = 4;  // of tokens, told by the loader and not yet done with
 
 // Named barriers where scorers wait until the selectors have read a run, for even and odd numbers.
@@ -62,8 +67,19 @@ template <int kDim>
 struct SelectorStorage {
     MarkedSet sets[2];  // of rows in turn
     uint32_t passing[kMostKeptWords];
-    alignas(16) uint32_t stages[StagedWalk<kDim>::kWords];
-    SelectScratch scratch;
+    union {  // in a walk, and outside of one
+        alignas(16) uint32_t stages[StagedWalk<kDim>::kWords];
+        SelectScratch scratch;
+    };
+};
+
+// How many scores of a token's row lie in which bin.
+struct RowCounts {
+    static constexpr int kCount = 512;
+    using Bins = EqualBins<kCount>;
+
+    alignas(16) uint32_t counts[kCount + 4];  // the first one behind them is for kNowhere
+    float2 range;                             // of the bins
 };
 
 template <class Shape>
@@ -71,7 +87,10 @@ struct alignas(1024) KeptStorage {
     ScoreStorage<Shape> score;
     SelectorStorage<Shape::kDim> selectors[kSelectors];
     TokenBlock<Shape::kTokens> block[kBlocksAhead];
-    KeptRun<Shape::kTokens> run[2];                   // of even and odd numbers
+    KeptRun<Shape::kTokens> run[2];                   // of even and odd numbers, as the next two
+    RowCounts counts[2][Shape::kTokens];              // between runs zeros
+    float2 moments[2][Shape::kTokens][kScoreWarps];   // of first scores: their sum, and of squares
+    RowCounts nowhere;                                // of tokens that take no part
     uint64_t told[kBlocksAhead], done[kBlocksAhead];  // a block; the scorers with it
     uint64_t scored[2];                               // a run
 };
@@ -105,37 +124,113 @@ struct RunScorer {
         ++number;
     }
 
+    // Where the scores of the own tokens go.
+    struct OwnRows {
+        float* first;  // of the first one; the others follow
+        RowCounts::Bins bins[Shape::kLaneTokens];
+        uint32_t counts[Shape::kLaneTokens];  // address of what would be number 0
+    };
+    using Scores = typename Scorer<Shape>::Scores;
+
+    // Lays the bins of a run's rows around their first scores. Of those a lane made it brings the
+    // sum and that of squares, for each own token. By all scorers.
+    __device__ void lay_bins(const OwnTokens<Shape>& own, OwnRows& rows,
+                             float2 (&sums)[Shape::kLaneTokens]) {
+        auto& moments = s.moments[number % 2];
+#pragma unroll
+        for (int a = 0; a < Shape::kLaneTokens; ++a) {
+#pragma unroll
+            for (int lanes = 4; lanes < 32; lanes *= 2) {
+                sums[a].x += __shfl_xor_sync(~0u, sums[a].x, lanes);
+                sums[a].y += __shfl_xor_sync(~0u, sums[a].y, lanes);
+            }
+            if (scorer.lane < 4 && own.seen[a] > 0) moments[own.first + a][scorer.warp] = sums[a];
+        }
+        named_barrier_sync(kSyncScorers, kScoreThreads);
+#pragma unroll
+        for (int a = 0; a < Shape::kLaneTokens; ++a) {
+            const bool takes_part = own.seen[a] > 0;
+            const int t = takes_part ? own.first + a : 0;
+            float mean = 0.0f, square = 0.0f;
+#pragma unroll
+            for (int warp = 0; warp < kScoreWarps; ++warp)
+                mean += moments[t][warp].x, square += moments[t][warp].y;
+            const float share = 1.0f / min(max(own.seen[a], 1), Shape::kRoundKeys);
+            mean *= share, square *= share;
+            const float reach = 4.0f * sqrtf(fmaxf(square - mean * mean, 0.0f));
+            auto& row = takes_part ? s.counts[number % 2][t] : s.nowhere;
+            if (threadIdx.x < 4 && takes_part) row.range = {mean - reach, mean + reach};
+            rows.bins[a] = {mean - reach, mean + reach};
+            rows.counts[a] = shared_address(row.counts) - 4 * RowCounts::Bins::kFirst;
+        }
+    }
+
+    // Stores the scores of a product and counts them, unless they are of the first keys.
+    enum class Keys { kFirst, kSeenByAll, kLast };
+    template <Keys kKeys>
+    __device__ void put(const OwnTokens<Shape>& own, const OwnRows& rows, const Scores& scores) {
+        constexpr bool kWhole = kKeys == Keys::kSeenByAll;
+        const int row_step = 2 * p.capacity;
+        int place = start + scores.key;
+        if (place >= p.room) place -= p.room;
+#pragma unroll
+        for (int a = 0; a < Shape::kLaneTokens; ++a)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const bool seen = (kWhole ? 0 : scores.key + kRowStep * r) < own.seen[a];
+                global_store(rows.first + (place + a * row_step) + kRowStep * r, scores.score[a][r],
+                             seen);
+                if (kKeys == Keys::kFirst) continue;
+                uint32_t bin = rows.bins[a].number(scores.score[a][r]);
+                if (!kWhole && !seen) bin = RowCounts::Bins::kNowhere;
+                shared_add(rows.counts[a] + 4 * bin, 1);
+            }
+    }
+
     __device__ void keep(const TokenBlock<Shape::kTokens>& block, const TokenRun& run) {
+        constexpr int kRings = Shape::kRings, kStep = kKeptAtOnce * kRings;
         const OwnTokens<Shape> own(block.tokens, scorer.quad, run.tokens);
-        const int tiles = run.tiles(), free = p.room - length;
+        const int tiles = run.tiles(), free = (p.room - length) / kTileKeys;
         start += length;
         if (start >= p.room) start -= p.room;
         length = (run.keys + kWholeColumns - 1) / kWholeColumns * kWholeColumns;
-        float* row[Shape::kLaneTokens];
-#pragma unroll
-        for (int a = 0; a < Shape::kLaneTokens; ++a) {
-            row[a] = row_of<Shape>(p, own.first + a);
-            keep_address(row[a]);
-        }
         wait_for(number - 1);
-        constexpr int kWhole = kTilesAtOnce * Shape::kRings;
-        TileRange part{0, min(free / kTileKeys / kWhole * kWhole, tiles)};
+        if (min(kRings, tiles) > free) wait_for(number);
+        OwnRows rows;
+        rows.first = row_of<Shape>(p, own.first);
+        keep_address(rows.first);
+        float2 sums[Shape::kLaneTokens] = {};
+        scorer.template score<1>(s.score, {0, min(kRings, tiles)}, [&](const Scores& scores) {
+            put<Keys::kFirst>(own, rows, scores);
+#pragma unroll
+            for (int a = 0; a < Shape::kLaneTokens; ++a)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const bool seen = scores.key + kRowStep * r < own.seen[a];
+                    const float score = seen ? scores.score[a][r] : 0.0f;
+                    sums[a].x += score, sums[a].y = fmaf(score, score, sums[a].y);
+                }
+        });
+        lay_bins(own, rows, sums);
+        // Tiles that all tokens see as a whole, as far as there is room; then the others.
+        const bool takes_part = run.tokens >> scorer.lane & 1;
+        const int visible = block.tokens[scorer.lane % Shape::kTokens].visible;
+        const int fewest = __reduce_min_sync(~0u, takes_part ? visible : INT_MAX);
+        const int whole = max(fewest / Shape::kRoundKeys, 1) * kRings;
+        TileRange part{kRings, kRings + max(free - kRings, 0) / kStep * kStep};
+        if (free >= whole) part.last = whole;
 #pragma unroll 1
-        while (true) {
-            scorer.template score<kTilesAtOnce>(s.score, part, [&](const auto& scores) {
-                int place = start + scores.key;
-                if (place >= p.room) place -= p.room;
-#pragma unroll
-                for (int a = 0; a < Shape::kLaneTokens; ++a)
-#pragma unroll
-                    for (int r = 0; r < 2; ++r)
-                        global_store(row[a] + place + kRowStep * r, scores.score[a][r],
-                                     scores.key + kRowStep * r < own.seen[a]);
+        while (part.first < whole) {
+            scorer.template score<kKeptAtOnce>(s.score, part, [&](const Scores& scores) {
+                put<Keys::kSeenByAll>(own, rows, scores);
             });
-            if (part.last == tiles) break;
-            wait_for(number);
-            part = {part.last, tiles};
+            if (part.last < whole) wait_for(number);
+            part = {part.last, whole};
         }
+        if (tiles > free) wait_for(number);
+        scorer.template score<1>(s.score, {whole, tiles}, [&](const Scores& scores) {
+            put<Keys::kLast>(own, rows, scores);
+        });
         tell(block, run.tokens);
     }
 
@@ -181,37 +276,49 @@ __device__ void select_kept(const IndexerTopkParams& p, KeptStorage<Shape>& s, u
     __syncwarp();
 #pragma unroll 1
     while (true) {
-        MarkedSet &set = own.sets[turn], &last = own.sets[turn ^ 1];
+        const bool is_pending = own.sets[turn ^ 1].words != 0;
         const uint32_t number = place / kRun;
         const auto& run = s.run[number % 2];
         uint64_t* scored = &s.scored[number % 2];
         const uint32_t parity = number / 2 % 2;
-        if (last.words == 0 || __all_sync(~0u, mbarrier_is_over(scored, parity))) {
+        if (!is_pending || __all_sync(~0u, mbarrier_is_over(scored, parity))) {
             mbarrier_wait(scored, parity);
             uint32_t left = run.tokens;
             const uint32_t count = __popc(left);
-            if (count == 0 && last.words == 0) return;
-            const bool mine = place % kRun < count;  // or none in this run
-            if (mine) {
+            if (count == 0 && !is_pending) return;
+            const auto advance = [&](uint32_t places) {
+                place += places;
+                const uint32_t count = __popc(s.run[place / kRun % 2].tokens);  // not held
+                if (place % kRun < count) return;
+                // This run is read.
+                named_barrier_arrive(kSyncRead + place / kRun % 2, kScoreThreads + kSelectThreads);
+                place += kRun - count;
+            };
+            if (place % kRun < count) {
                 for (uint32_t i = place % kRun; i > 0; --i) left &= left - 1;
                 const int t = __ffs(left) - 1;
                 keep_address(selector), keep_address(turn);  // what follows is not held for longer
                 const KeptRow row{row_of<Shape>(p, t), p.room, run.start, run.visible[t]};
+                MarkedSet& set = own.sets[turn];
                 if (threadIdx.x % 32 == 0) {
                     set.words = (row.length + 31) / 32;
                     set.out = indices_of(p, run.first_token + t);
                 }
                 __syncwarp();
-                mark_set<Shape::kDim>(row, own.scratch, {set.better, own.passing, set.words},
-                                      own.stages, p.topk);
-                place += kSelectors, turn ^= 1;
+                RowCounts& counts = s.counts[number % 2][t];
+                const RowCounts::Bins bins(counts.range.x, counts.range.y);
+                mark_set<Shape::kDim>(
+                    row, bins, counts.counts, {set.better, own.passing, set.words}, own.stages,
+                    own.scratch, p.topk,
+                    [&] { count_first<Shape::kRoundKeys>(row, bins, counts.counts); },
+                    [&] { advance(kSelectors); });
+            } else if (count > 0) {  // none in this run
+                advance(0);
+                continue;
             }
-            if (place % kRun >= count && count > 0) {  // this run is read
-                named_barrier_arrive(kSyncRead + place / kRun % 2, kScoreThreads + kSelectThreads);
-                place += kRun - count;
-            }
-            if (!mine && count > 0) continue;
         }
+        turn ^= 1;
+        MarkedSet& last = own.sets[turn];
         if (last.words == 0) continue;
         write_bits(last.better, last.words, own.scratch, last.out);
         if (threadIdx.x % 32 == 0) last.words = 0;
@@ -292,6 +399,8 @@ __global__ void __launch_bounds__(kKeptThreads, 1)
         }
         for (uint64_t& scored : s.scored) mbarrier_init(&scored, kScoreWarps);
     }
+    for (int i = threadIdx.x / 32; i < 2 * Shape::kTokens; i += kKeptThreads / 32)
+        clear_counts<RowCounts::kCount>(s.counts[i % 2][i / 2].counts);
     init_storage(s.score);
     if (threadIdx.x < kScoreThreads) {
         take_registers<kKeptScorerRegisters>();

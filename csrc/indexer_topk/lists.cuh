@@ -156,7 +156,7 @@ __device__ void guess_bound(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
     for_each_two([&](float score, bool there) { range.add(score, there); });
     range.add_lanes();
     clear_histogram(this_warp(), scratch);
-    const EqualBins bins(range.low, range.high);
+    const EqualBins<kBins> bins(range.low, range.high);
     const uint32_t histogram = shared_address(scratch.histogram);
     for_each_two([&](float score, bool there) {
         shared_add(histogram + (there ? bins.bin(score) : kNoBin) * 4, 1);
@@ -179,7 +179,7 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
     const ThreadGroup<32> group = this_warp();
     const int warp = threadIdx.x / 32;
     SelectScratch& scratch = s.scratch[warp];
-    const EqualBins bins(s.bound[t], s.high[t]);
+    const EqualBins<kBins> bins(s.bound[t], s.high[t]);
     const uint32_t histogram = shared_address(scratch.histogram);
     clear_histogram(group, scratch);
     int above = 0;  // without NaN

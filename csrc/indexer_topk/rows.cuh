@@ -1,13 +1,13 @@
 // indexer_topk on Hopper, what a warp does for a token whose scores are all kept, as there are few:
 // it selects from a row in L2.
 //
-// Two walks over the row: its scores are counted in 1024 equal bins over the range of the first of
-// them, which says in which bin the topk-th lies; then two bits a column, whether it lies in a
-// better bin and whether in that bin or a better one, and the few columns of that bin are listed
-// and compared with each other. A bin never falls as the score rises, so the set is exact however
-// well the bins fit. If too many columns lie in one, they may mostly be equal: what most lanes find
-// there first is tried as the topk-th. If it is not, the radix select of common/candidates.cuh
-// finds that.
+// Its scores are counted in equal bins, which says in which bin the topk-th lies: by the scorers as
+// they make them (kept.cuh), or in a walk over the row. Another walk leaves two bits a column,
+// whether it lies in a better bin and whether in that bin or a better one, and the few columns of
+// that bin are listed and compared with each other. A bin never falls as the score rises, so the
+// set is exact however well the bins fit. If too many columns lie in one, finer bins are laid over
+// it. If that does not help, they may mostly be equal: what most lanes find there first is tried as
+// the topk-th. If it is not, the radix select of common/candidates.cuh finds that.
 //
 // A walk is bound by latency: the row comes through shared memory, copied ahead, and a lane has
 // neighbouring columns, whose bits it makes without a vote.
@@ -81,6 +81,7 @@ struct RowWalk {
 
     // A lane's part of a step.
     struct Step {
+        static constexpr int kScores = kOwn;
         float score[kOwn];
         int first;  // column
         int rest;   // columns of the row from that one on
@@ -161,28 +162,33 @@ struct RowWalk {
 template <int kDim>
 using StagedWalk = RowWalk<kDim == 64 ? 16 : 8, 4>;
 
-// Counts all scores in bins, in a walk that has started; returns these.
-template <int kOwn, int kStages>
-__device__ __forceinline__ EqualBins count_row(RowWalk<kOwn, kStages>& walk,
-                                               SelectScratch& scratch) {
-    clear_histogram(this_warp(), scratch);
-    walk.arrive();
-    ScoreRange range;
-    const auto first = walk.step(0);
+template <int kCount>
+__device__ __forceinline__ void clear_counts(uint32_t* counts) {
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) range.add(first.score[j], first.is_there(j));
-    range.add_lanes();
-    const EqualBins bins(range.low, range.high);
-    const uint32_t histogram = shared_address(scratch.histogram) - 4 * EqualBins::kFirst;
-    constexpr uint32_t kNowhere = EqualBins::kFirst + kNoBin;
+    for (int i = 4 * (threadIdx.x % 32); i < kCount; i += 128)
+        *reinterpret_cast<uint4*>(counts + i) = {0, 0, 0, 0};
+    __syncwarp();
+}
+
+// Counts a score in its bin. Behind the counts is a word for what is not there.
+template <int kCount>
+__device__ __forceinline__ void count_score(const EqualBins<kCount>& bins, uint32_t* counts,
+                                            float score, bool is_there) {
+    using Bins = EqualBins<kCount>;
+    const uint32_t number = is_there ? bins.number(score) : Bins::kNowhere;
+    shared_add(shared_address(counts) - 4 * Bins::kFirst + 4 * number, 1);
+}
+
+// All of a row, in a walk that has started.
+template <int kCount, int kOwn, int kStages>
+__device__ __forceinline__ void count_row(RowWalk<kOwn, kStages>& walk,
+                                          const EqualBins<kCount>& bins, uint32_t* counts) {
     walk.go([&](const auto& own) {
         own.for_all([&](const auto& is_there) {
 #pragma unroll
-            for (int j = 0; j < kOwn; ++j)
-                shared_add(histogram + (is_there(j) ? bins.number(own.score[j]) : kNowhere) * 4, 1);
+            for (int j = 0; j < kOwn; ++j) count_score(bins, counts, own.score[j], is_there(j));
         });
     });
-    return bins;
 }
 
 // Two bits a column: whether its score is better than what is looked for, and whether it is at
@@ -216,8 +222,8 @@ struct RowBits {
 
     // By bins. A difference's sign is the next bit: no predicates, which would wait for each other.
     template <class Walk>
-    __device__ __forceinline__ void mark_bins(Walk& walk, const EqualBins& bins,
-                                              uint32_t cut_number) const {
+    __device__ __forceinline__ void mark_bins(Walk& walk, const auto& bins, uint32_t cut) const {
+        const uint32_t cut_number = bins.kFirst + cut;
         mark(walk, [&](float score, uint32_t& above, uint32_t& below) {
             const uint32_t number = bins.number(score);
             above = __funnelshift_l(cut_number - number, above, 1);
@@ -315,9 +321,8 @@ __device__ __forceinline__ void rank_listed(const uint2* list, int listed, int w
     __syncwarp();
 }
 
-// Marks the best `wanted` of the columns inside, which are listed for that.
-__device__ __forceinline__ void mark_inside(const RowBits& bits, const KeptRow& row, uint2* list,
-                                            int wanted) {
+// Lists the columns inside, each an order key and a position; returns how many.
+__device__ __forceinline__ int list_inside(const RowBits& bits, const KeptRow& row, uint2* list) {
     const int lane = threadIdx.x % 32;
     int listed = 0;
 #pragma unroll 1
@@ -333,24 +338,58 @@ __device__ __forceinline__ void mark_inside(const RowBits& bits, const KeptRow& 
     __syncwarp();
     for (int i = lane; i < listed; i += 32) list[i].x = order_key(row.score(list[i].y));
     __syncwarp();
-    rank_listed(list, listed, wanted,
-                [&](uint32_t column, bool belongs) { bits.add(column, belongs); });
+    return listed;
 }
 
-// Marks the topk best of more than so many in bits.better, by a warp.
-template <int kDim>
-__device__ void mark_set(const KeptRow& row, SelectScratch& scratch, const RowBits& bits,
-                         uint32_t* stages, int topk) {
+// Counts the first kColumns scores of a row.
+template <int kColumns, int kCount>
+__device__ __forceinline__ void count_first(const KeptRow& row, const EqualBins<kCount>& bins,
+                                            uint32_t* counts) {
+    const int first = threadIdx.x % 32;
+    float scores[kColumns / 32];
+#pragma unroll
+    for (int i = 0; i < kColumns / 32; ++i) scores[i] = row.score(32 * i + first);
+#pragma unroll
+    for (int i = 0; i < kColumns / 32; ++i)
+        count_score(bins, counts, scores[i], 32 * i + first < row.length);
+    __syncwarp();
+}
+
+// Marks the topk best of more than so many in bits.better, by a warp, and calls read() when it has
+// read the row. `counts` are the bins' when complete() returns, and zeros in the end, unless the
+// scratch lies there; it may also lie where the stages do.
+template <int kDim, int kCount, class Complete, class Read>
+__device__ __forceinline__ void mark_set(const KeptRow& row, const EqualBins<kCount>& bins,
+                                         uint32_t* counts, const RowBits& bits, uint32_t* stages,
+                                         SelectScratch& scratch, int topk, const Complete& complete,
+                                         const Read& read) {
     const ThreadGroup<32> group = this_warp();
     StagedWalk<kDim> walk(row, stages);
+    const auto mark = [&](const EqualBins<kCount>& bins) {
+        const Cut cut = find_bin<kCount>(counts, topk);
+        clear_counts<kCount>(counts);
+        bits.mark_bins(walk, bins, cut.value);
+        return cut;
+    };
     walk.start();
-    const EqualBins bins = count_row(walk, scratch);
-    walk.start();
-    const Cut cut = find_bin(group, scratch, topk);
-    bits.mark_bins(walk, bins, cut.value + EqualBins::kFirst);
+    complete();
+    Cut cut = mark(bins);
+    if (cut.count > kMostRanked) {
+        const EqualBins<kCount> finer(bins.lower(cut.value - 1), bins.lower(cut.value + 2));
+        walk.start();
+        count_row(walk, finer, counts);
+        walk.start();
+        cut = mark(finer);
+    }
     if (cut.count <= kMostRanked) {
-        mark_inside(bits, row, reinterpret_cast<uint2*>(scratch.histogram), cut.wanted);
-    } else if (!bits.mark_plateau(walk, row, topk)) {
+        auto* list = reinterpret_cast<uint2*>(scratch.histogram);
+        const int listed = list_inside(bits, row, list);
+        read();
+        rank_listed(list, listed, cut.wanted,
+                    [&](uint32_t column, bool belongs) { bits.add(column, belongs); });
+        return;
+    }
+    if (!bits.mark_plateau(walk, row, topk)) {
         const Threshold threshold = find_threshold(group, scratch, row, topk);
         for (int i = group.lane(); i < bits.words; i += 32) bits.better[i] = 0;
         __syncwarp();
@@ -361,15 +400,29 @@ __device__ void mark_set(const KeptRow& row, SelectScratch& scratch, const RowBi
         });
         __syncwarp();
     }
+    read();
 }
 
-// Selects for a token that sees more than topk keys, by a warp with row_words(kDim) words.
+// Selects for a token that sees more than topk keys, by a warp with row_words(kDim) words. The bins
+// cover the range of the row's first scores.
 template <int kDim>
 __device__ void select_row(const KeptRow& row, SelectScratch& scratch, uint32_t* words, int topk,
                            int32_t* out) {
     static_assert(2 * kMostKeptWords + StagedWalk<kDim>::kWords <= row_words(kDim));
     const RowBits bits{words, words + kMostKeptWords, (row.length + 31) / 32};
-    mark_set<kDim>(row, scratch, bits, words + 2 * kMostKeptWords, topk);
+    uint32_t* stages = words + 2 * kMostKeptWords;
+    StagedWalk<kDim> walk(row, stages);
+    walk.start();
+    clear_counts<kBins>(scratch.histogram);
+    walk.arrive();
+    const auto first = walk.step(0);
+    ScoreRange range;
+#pragma unroll
+    for (int j = 0; j < first.kScores; ++j) range.add(first.score[j], first.is_there(j));
+    range.add_lanes();
+    const EqualBins<kBins> bins(range.low, range.high);
+    count_row(walk, bins, scratch.histogram);
+    mark_set<kDim>(row, bins, scratch.histogram, bits, stages, scratch, topk, [] {}, [] {});
     write_bits(bits.better, bits.words, scratch, out);
 }
 

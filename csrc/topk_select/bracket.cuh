@@ -156,15 +156,16 @@ struct BracketSelect {
     }
 
     // Counts a tile and keeps its bins.
-    __device__ void count(const Tile& score, int tile, const EqualBins& equal) {
-        const uint32_t histogram = shared_address(s.scratch.histogram) - 4 * EqualBins::kFirst;
+    __device__ void count(const Tile& score, int tile, const EqualBins<kBins>& equal) {
+        const uint32_t histogram =
+            shared_address(s.scratch.histogram) - 4 * EqualBins<kBins>::kFirst;
         const int rest = length - tile * kTileColumns - group.lane();
         uint32_t pairs[kTileWords / 2];
         const auto count_all = [&](const auto& is_there) {
 #pragma unroll
             for (int j = 0; j < kTileWords; j += 2) {
                 const uint32_t one = equal.number(score[j]), two = equal.number(score[j + 1]);
-                constexpr uint32_t kNowhere = EqualBins::kFirst + kNoBin;
+                constexpr uint32_t kNowhere = EqualBins<kBins>::kNowhere;
                 shared_add(histogram + (is_there(j) ? one : kNowhere) * 4, 1);
                 shared_add(histogram + (is_there(j + 1) ? two : kNowhere) * 4, 1);
                 pairs[j / 2] = __byte_perm(one, two, 0x5410);
@@ -317,7 +318,7 @@ struct BracketSelect {
         range = of_all(range);
 #pragma unroll 1
         for (int turn = 0; turn < kMostTurns && range.low <= range.high; ++turn) {
-            const EqualBins equal(range.low, range.high);
+            const EqualBins<kBins> equal(range.low, range.high);
 #pragma unroll 1
             for (int tile = first_tile; tile < end_tile; ++tile) {
                 if (turn > 0 || tile > first_tile) load(score, tile);

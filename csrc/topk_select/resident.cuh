@@ -341,7 +341,6 @@ struct Resident {
             before = all.x, equal = all.y;
         }
         before = __reduce_add_sync(~0u, before), equal = __reduce_add_sync(~0u, equal);
-        cluster_arrive();  // nobody looks at this block's memory from here on
         // Where the member goes that `of_block` of the block's come before.
         const auto place = [&](uint32_t of_block) {
             return before + (of_block & kBefore) + min(equal + (of_block >> kBeforeBits), wanted);
@@ -367,6 +366,7 @@ struct Resident {
         for (int i = 0; i < kHeld; i += 8) put(held_marks[i / 8], 4 * min(kHeld - i, 8));
 #pragma unroll 1
         for (int i = 0; 8 * i < shared; ++i) put(own_marks(i), 32);
+        cluster_arrive();  // this block has read what it wants of others
         __syncthreads();
 #pragma unroll 1
         for (uint32_t i = begin + threadIdx.x; i < end; i += kResidentThreads)
