@@ -39,10 +39,11 @@ constexpr int kTilesAtOnce = 4;  // in one stream of products
 constexpr int kSyncScorers = 1;  // number of the scorers' named barrier; 0 is the whole block's
 
 enum class Division {
-    kByKeys,     // both warpgroups have the same tokens and take turns at the tiles
-    kFewTokens,  // the same, for sequences with few queries: there is little to do for each key, so
-                 // more of them are on their way
-    kByTokens,   // each warpgroup has its own tokens and takes every tile
+    kByKeys,       // both warpgroups have the same tokens and take turns at the tiles
+    kByKeysAhead,  // the same, and the queries of the next block are loaded meanwhile
+    kFewTokens,    // the same, for sequences with few queries: there is little to do for each key,
+                   // so more of them are on their way
+    kByTokens,     // each warpgroup has its own tokens and takes every tile
 };
 
 // What a block scores at a time. No division changes a bit: a lane owns the same heads in all.
@@ -54,6 +55,7 @@ struct IndexerShape {
     static constexpr bool kFew = kDivision == Division::kFewTokens;
     static constexpr int kTokenGroups = kDivision == Division::kByTokens ? kWarpgroups : 1;
     static constexpr int kRings = kWarpgroups / kTokenGroups;  // warpgroups that take turns
+    static constexpr int kQueryBuffers = kDivision == Division::kByKeysAhead ? 2 : 1;
 
     static constexpr int kGroupTokens = kHeads > 16 ? 128 / kHeads : kFew ? 4 : 8;
     static constexpr int kTokens = kGroupTokens * kTokenGroups;  // of the block
@@ -78,7 +80,7 @@ struct IndexerShape {
 template <class Shape>
 struct alignas(1024) ScoreStorage {
     uint8_t keys[Shape::kRings][Shape::kStages][2 * Shape::kHalfBytes];
-    uint8_t queries[Shape::kTokenGroups][Shape::kColumns * Shape::kDim];
+    uint8_t queries[Shape::kTokenGroups * Shape::kQueryBuffers][Shape::kColumns * Shape::kDim];
     alignas(128) float scales[Shape::kRings][Shape::kStages][kScaleStride];
     bool exists[Shape::kRings][Shape::kStages][2];  // paged: whether the pages of a tile do
     uint64_t full[Shape::kRings][Shape::kStages];
@@ -183,15 +185,34 @@ struct TokenRun {
     __device__ int tiles() const { return (keys + kTileKeys - 1) / kTileKeys; }
 };
 
+// Piece i of the 16-byte pieces of a block's queries: whose it is, where it begins among that
+// token's bytes, and where it belongs in shared memory, column by column.
+template <class Shape>
+struct QueryPiece {
+    static constexpr int kOfColumn = Shape::kDim / 16;
+    static constexpr int kAll = Shape::kColumns * Shape::kTokenGroups * kOfColumn;
+    int token;  // of the block
+    int source;
+    int target;
+
+    __device__ explicit QueryPiece(uint32_t i) {
+        const int column = i / kOfColumn, piece = i % kOfColumn;
+        const int quad = column / 2 % 4, own = column % Shape::kColumns / 8 * 2 + column % 2;
+        token = column / Shape::kColumns * Shape::kGroupTokens +
+                Shape::token(quad, own / Shape::kLaneHeads);
+        source = (Shape::first_head(quad) + own % Shape::kLaneHeads) * Shape::kDim + 16 * piece;
+        const int swizzled = piece ^ (Shape::kDim == 128 ? column % 8 : column / 2 % 4);
+        target = column * Shape::kDim + 16 * swizzled;
+    }
+};
+
 // The queries of the block into shared memory, column by column; zeros for tokens past the end. By
 // all scorers, who meet before the first product reads them; when meet() returns, with the first of
 // the loads on their way, what was there is no longer needed.
 template <class Shape, class Meet>
 __device__ void load_queries(const IndexerScoreParams& p, ScoreStorage<Shape>& s, int first_token,
                              const Meet& meet) {
-    constexpr int kColumns = Shape::kColumns * Shape::kTokenGroups;
-    constexpr int kPieces = Shape::kDim / 16, kAll = kColumns * kPieces;
-    constexpr int kInFlight = 4;
+    constexpr int kAll = QueryPiece<Shape>::kAll, kInFlight = 4;
 #pragma unroll 1
     for (int round = 0; round < kAll; round += kInFlight * kScoreThreads) {
         uint32_t begin = round + threadIdx.x;
@@ -201,16 +222,12 @@ __device__ void load_queries(const IndexerScoreParams& p, ScoreStorage<Shape>& s
 #pragma unroll
         for (int n = 0; n < kInFlight; ++n) {
             const uint32_t i = begin + n * kScoreThreads;
-            const int column = i / kPieces, piece = i % kPieces;
-            const int quad = column / 2 % 4, own = column % Shape::kColumns / 8 * 2 + column % 2;
-            const int token = first_token + column / Shape::kColumns * Shape::kGroupTokens +
-                              Shape::token(quad, own / Shape::kLaneHeads);
-            const int head = Shape::first_head(quad) + own % Shape::kLaneHeads;
+            const QueryPiece<Shape> piece(i);
+            const int token = first_token + piece.token;
             if (i < kAll && token < p.tokens)
-                values[n] = *reinterpret_cast<const uint4*>(p.q + token * p.q_stride +
-                                                            head * Shape::kDim + 16 * piece);
-            const int swizzled = piece ^ (Shape::kDim == 128 ? column % 8 : column / 2 % 4);
-            targets[n] = s.queries[0] + column * Shape::kDim + 16 * swizzled;
+                values[n] =
+                    *reinterpret_cast<const uint4*>(p.q + token * p.q_stride + piece.source);
+            targets[n] = s.queries[0] + piece.target;
         }
         if (round == 0) meet();
 #pragma unroll
@@ -364,6 +381,7 @@ struct Scorer {
     const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     RingPosition position;
     int own_scale = row;  // place of the first own key's among those of a tile
+    int buffer = 0;       // of the block's queries, if there are several
     float weights[kOwn * Shape::kLaneHeads];
 
     // What follows is about the keys of this run.
@@ -377,16 +395,19 @@ struct Scorer {
     }
     __device__ int token(int a) const { return token_base() + Shape::token(quad, a); }
 
+    // Of weight_of(token of the block, head).
+    template <class WeightOf>
+    __device__ void set_weights(const WeightOf& weight_of) {
+#pragma unroll
+        for (int i = 0; i < kOwn * Shape::kLaneHeads; ++i)
+            weights[i] = weight_of(token(i / Shape::kLaneHeads),
+                                   Shape::first_head(quad) + i % Shape::kLaneHeads);
+    }
     __device__ void load_weights(const IndexerScoreParams& p, int first_token) {
-#pragma unroll
-        for (int a = 0; a < kOwn; ++a) {
-            const int t = first_token + token(a);
-#pragma unroll
-            for (int h = 0; h < Shape::kLaneHeads; ++h)
-                weights[a * Shape::kLaneHeads + h] =
-                    t < p.tokens ? p.weights[t * p.weight_stride + Shape::first_head(quad) + h]
-                                 : 0.0f;
-        }
+        set_weights([&](int token, int head) {
+            const int t = first_token + token;
+            return t < p.tokens ? p.weights[t * p.weight_stride + head] : 0.0f;
+        });
     }
 
     // Calls consume(scores) for each product of each tile of this warpgroup's ring, kAtOnce tiles
@@ -411,8 +432,8 @@ struct Scorer {
             const uint64_t keys = matrix_descriptor(
                 shared_address(s.keys[ring][position.stage]) + product * Shape::kHalfBytes,
                 Shape::kDim);
-            const uint64_t queries = matrix_descriptor(
-                shared_address(s.queries[Shape::kTokenGroups == 1 ? 0 : group]), Shape::kDim);
+            const int own = Shape::kQueryBuffers > 1 ? buffer : Shape::kTokenGroups > 1 ? group : 0;
+            const uint64_t queries = matrix_descriptor(shared_address(s.queries[own]), Shape::kDim);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < Shape::kDim; k += 32)

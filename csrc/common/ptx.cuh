@@ -140,6 +140,13 @@ __device__ __forceinline__ void copy_async(void* target, const void* source) {
     copy_async(shared_address(target), source);
 }
 
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_word_async(void* target, const void* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)),
+                 "l"(source)
+                 : "memory");
+}
+
 __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
@@ -151,6 +158,12 @@ __device__ __forceinline__ void copy_async_commit() {
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// 9.7.13.15.16 cp.async.mbarrier.arrive: this thread arrives when its copies so far are there.
+__device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
+                 : "memory");
 }
 
 // How long L2 keeps what is loaded, as 9.7.9.16 createpolicy words it. What is read once goes

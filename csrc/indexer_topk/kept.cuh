@@ -8,12 +8,13 @@
 // eight warps which do both in turn are sooner done (sm90.cuh).
 //
 // Scorers count what they score, four instructions a score: in 512 bins a token, from four
-// deviations below the mean of its first scores to four above. (Not over their range, which a
+// deviations below the mean of its first 128 scores to four above. (Not over their range, which a
 // single score far from all others would stretch.) So a row that is complete is read once.
 //
-// The scores of a run of tokens are written behind those of the last one, in a ring for each token
-// of the block: where two runs do not fit, scorers wait in between until the selectors have read
-// the last one, which they have before they rank the last few columns and write the set.
+// Queries and weights of the next block of tokens are loaded meanwhile. The scores of a run of
+// tokens are written behind those of the last one, in a ring for each token of the block: where two
+// runs do not fit, scorers wait in between until the selectors have read the last one, which they
+// have before they rank the last few columns and write the set.
 //
 // One warp loads keys, a lane for each ring, and takes the next tokens from a counter before the
 // scorers are done with the last, so that no one waits for it. Scorers have 184 registers, the
@@ -33,17 +34,18 @@ constexpr int kSelectThreads = 32 * kSelectors;
 constexpr int kKeptThreads = kScoreThreads + kSelectThreads + 32;
 constexpr int kKeptScorerRegisters = 184, kHelperRegisters = 72;  // of 128 at the start
 constexpr int kKeptAtOnce = 2;   // tiles in one stream of products: less code than four
-constexpr int kBlocksAhead = 4;  // of tokens, told by the loader and not yet done with
+constexpr int kBlocksAhead = 2;  // of tokens, told by the loader and not yet done with
 
 // Named barriers where scorers wait until the selectors have read a run, for even and odd numbers.
 constexpr int kSyncRead = 2;
 
-// A block of tokens, as the loader tells the scorers.
-template <int kTokens>
+// A block of tokens, as the loader tells the scorers, with its queries in shared memory.
+template <class Shape>
 struct TokenBlock {
     int first_token;  // negative: there are no more
     uint32_t scored;  // a bit for each token that sees more keys than topk
-    LaneToken tokens[kTokens];
+    LaneToken tokens[Shape::kTokens];
+    alignas(16) float weights[Shape::kTokens][Shape::kHeads];
 };
 
 // A run whose scores are written, as the scorers tell the selectors.
@@ -74,8 +76,9 @@ struct SelectorStorage {
 };
 
 // How many scores of a token's row lie in which bin.
+template <int kDim>
 struct RowCounts {
-    static constexpr int kCount = 512;
+    static constexpr int kCount = kDim == 64 ? 512 : 256;
     using Bins = EqualBins<kCount>;
 
     alignas(16) uint32_t counts[kCount + 4];  // the first one behind them is for kNowhere
@@ -84,15 +87,16 @@ struct RowCounts {
 
 template <class Shape>
 struct alignas(1024) KeptStorage {
+    static_assert(Shape::kQueryBuffers == kBlocksAhead);
     ScoreStorage<Shape> score;
     SelectorStorage<Shape::kDim> selectors[kSelectors];
-    TokenBlock<Shape::kTokens> block[kBlocksAhead];
-    KeptRun<Shape::kTokens> run[2];                   // of even and odd numbers, as the next two
-    RowCounts counts[2][Shape::kTokens];              // between runs zeros
-    float2 moments[2][Shape::kTokens][kScoreWarps];   // of first scores: their sum, and of squares
-    RowCounts nowhere;                                // of tokens that take no part
-    uint64_t told[kBlocksAhead], done[kBlocksAhead];  // a block; the scorers with it
-    uint64_t scored[2];                               // a run
+    TokenBlock<Shape> block[kBlocksAhead];
+    KeptRun<Shape::kTokens> run[2];                    // of even and odd numbers, as the next two
+    RowCounts<Shape::kDim> counts[2][Shape::kTokens];  // between runs zeros
+    float2 moments[2][Shape::kTokens][4];              // of first scores: their sum, and of squares
+    RowCounts<Shape::kDim> nowhere;                    // of tokens that take no part
+    uint64_t told[kBlocksAhead], done[kBlocksAhead];   // a block; the scorers with it
+    uint64_t scored[2];                                // a run
 };
 
 // The scorers' side of the runs.
@@ -111,7 +115,7 @@ struct RunScorer {
             named_barrier_sync(kSyncRead + oldest % 2, kScoreThreads + kSelectThreads);
     }
 
-    __device__ void tell(const TokenBlock<Shape::kTokens>& block, uint32_t tokens) {
+    __device__ void tell(const TokenBlock<Shape>& block, uint32_t tokens) {
         auto& run = s.run[number % 2];
         if (scorer.warp == 0) {
             if (scorer.lane == 0)
@@ -124,27 +128,32 @@ struct RunScorer {
         ++number;
     }
 
+    using Bins = typename RowCounts<Shape::kDim>::Bins;
+
     // Where the scores of the own tokens go.
     struct OwnRows {
         float* first;  // of the first one; the others follow
-        RowCounts::Bins bins[Shape::kLaneTokens];
+        Bins bins[Shape::kLaneTokens];
         uint32_t counts[Shape::kLaneTokens];  // address of what would be number 0
     };
     using Scores = typename Scorer<Shape>::Scores;
 
-    // Lays the bins of a run's rows around their first scores. Of those a lane made it brings the
-    // sum and that of squares, for each own token. By all scorers.
+    // Lays the bins of a run's rows around the scores of its first tile. Of those that a lane made
+    // it brings the sum and that of squares, for each own token. By all scorers.
     __device__ void lay_bins(const OwnTokens<Shape>& own, OwnRows& rows,
                              float2 (&sums)[Shape::kLaneTokens]) {
         auto& moments = s.moments[number % 2];
+        if (scorer.ring == 0) {
 #pragma unroll
-        for (int a = 0; a < Shape::kLaneTokens; ++a) {
+            for (int a = 0; a < Shape::kLaneTokens; ++a) {
 #pragma unroll
-            for (int lanes = 4; lanes < 32; lanes *= 2) {
-                sums[a].x += __shfl_xor_sync(~0u, sums[a].x, lanes);
-                sums[a].y += __shfl_xor_sync(~0u, sums[a].y, lanes);
+                for (int lanes = 4; lanes < 32; lanes *= 2) {
+                    sums[a].x += __shfl_xor_sync(~0u, sums[a].x, lanes);
+                    sums[a].y += __shfl_xor_sync(~0u, sums[a].y, lanes);
+                }
+                if (scorer.lane < 4 && own.seen[a] > 0)
+                    moments[own.first + a][scorer.warp] = sums[a];
             }
-            if (scorer.lane < 4 && own.seen[a] > 0) moments[own.first + a][scorer.warp] = sums[a];
         }
         named_barrier_sync(kSyncScorers, kScoreThreads);
 #pragma unroll
@@ -153,15 +162,15 @@ struct RunScorer {
             const int t = takes_part ? own.first + a : 0;
             float mean = 0.0f, square = 0.0f;
 #pragma unroll
-            for (int warp = 0; warp < kScoreWarps; ++warp)
+            for (int warp = 0; warp < 4; ++warp)
                 mean += moments[t][warp].x, square += moments[t][warp].y;
-            const float share = 1.0f / min(max(own.seen[a], 1), Shape::kRoundKeys);
+            const float share = 1.0f / min(max(own.seen[a], 1), kTileKeys);
             mean *= share, square *= share;
             const float reach = 4.0f * sqrtf(fmaxf(square - mean * mean, 0.0f));
             auto& row = takes_part ? s.counts[number % 2][t] : s.nowhere;
             if (threadIdx.x < 4 && takes_part) row.range = {mean - reach, mean + reach};
             rows.bins[a] = {mean - reach, mean + reach};
-            rows.counts[a] = shared_address(row.counts) - 4 * RowCounts::Bins::kFirst;
+            rows.counts[a] = shared_address(row.counts) - 4 * Bins::kFirst;
         }
     }
 
@@ -182,12 +191,12 @@ struct RunScorer {
                              seen);
                 if (kKeys == Keys::kFirst) continue;
                 uint32_t bin = rows.bins[a].number(scores.score[a][r]);
-                if (!kWhole && !seen) bin = RowCounts::Bins::kNowhere;
+                if (!kWhole && !seen) bin = Bins::kNowhere;
                 shared_add(rows.counts[a] + 4 * bin, 1);
             }
     }
 
-    __device__ void keep(const TokenBlock<Shape::kTokens>& block, const TokenRun& run) {
+    __device__ void keep(const TokenBlock<Shape>& block, const TokenRun& run) {
         constexpr int kRings = Shape::kRings, kStep = kKeptAtOnce * kRings;
         const OwnTokens<Shape> own(block.tokens, scorer.quad, run.tokens);
         const int tiles = run.tiles(), free = (p.room - length) / kTileKeys;
@@ -235,7 +244,6 @@ struct RunScorer {
     }
 
     __device__ void go(const KeyMaps& maps) {
-        const auto meet = [] { named_barrier_sync(kSyncScorers, kScoreThreads); };
         for (int n = 0;; ++n) {
             const int slot = n % kBlocksAhead;
             const auto& block = s.block[slot];
@@ -247,11 +255,9 @@ struct RunScorer {
             uint32_t scored = block.scored;
             take_all_keys<Shape>(p, block.first_token, scored,
                                  [&](int t) { return block.tokens[t].visible; });
-            if (scored != 0) {
-                scorer.load_weights(p, block.first_token);
-                load_queries(p, s.score, block.first_token, meet);
-                meet();
-            }
+            fence_proxy_async();  // the queries are there
+            scorer.buffer = __shfl_sync(~0u, slot, 0);
+            scorer.set_weights([&](int token, int head) { return block.weights[token][head]; });
             while (scored != 0) {
                 const TokenRun run(block.tokens[scorer.lane % Shape::kTokens], scored);
                 scored &= ~run.tokens;
@@ -305,8 +311,8 @@ __device__ void select_kept(const IndexerTopkParams& p, KeptStorage<Shape>& s, u
                     set.out = indices_of(p, run.first_token + t);
                 }
                 __syncwarp();
-                RowCounts& counts = s.counts[number % 2][t];
-                const RowCounts::Bins bins(counts.range.x, counts.range.y);
+                auto& counts = s.counts[number % 2][t];
+                const typename RowCounts<Shape::kDim>::Bins bins(counts.range.x, counts.range.y);
                 mark_set<Shape::kDim>(
                     row, bins, counts.counts, {set.better, own.passing, set.words}, own.stages,
                     own.scratch, p.topk,
@@ -347,13 +353,30 @@ struct BlockLoader {
         const int first_token = __shfl_sync(~0u, number, 0) * Shape::kTokens;
         const int64_t own = first_token + lane;
         const bool there = lane < Shape::kTokens && 0 <= own && own < p.tokens;
-        if (there) prefetch_into_l2(p.q + own * p.q_stride, Shape::kHeads * Shape::kDim);
         token.find<Shape>(p, first_token);
         const uint32_t scored = __ballot_sync(~0u, there && token.visible > p.topk);
         if (lane < Shape::kTokens) block.tokens[lane] = token;
         if (lane == 0) block.first_token = first_token, block.scored = scored;
+        if (scored != 0) copy_queries(first_token, s.score.queries[slot], block);
+        copy_async_arrive(&s.told[slot]);
         __syncwarp();
         if (lane == 0) mbarrier_arrive(&s.told[slot]);
+    }
+
+    // Starts to copy a block's queries and weights; of tokens past the end any.
+    __device__ void copy_queries(int first_token, uint8_t* queries, TokenBlock<Shape>& block) {
+        const auto existing = [&](int t) -> int64_t { return min(first_token + t, p.tokens - 1); };
+#pragma unroll 4
+        for (int i = lane; i < QueryPiece<Shape>::kAll; i += 32) {
+            const QueryPiece<Shape> piece(i);
+            copy_async(queries + piece.target,
+                       p.q + existing(piece.token) * p.q_stride + piece.source);
+        }
+        for (int i = lane; i < Shape::kTokens * Shape::kHeads; i += 32) {
+            const int t = i / Shape::kHeads, head = i % Shape::kHeads;
+            copy_word_async(&block.weights[t][head],
+                            p.weights + existing(t) * p.weight_stride + head);
+        }
     }
 
     // Each ring is filled as it empties, one not waiting for the other.
@@ -394,13 +417,13 @@ __global__ void __launch_bounds__(kKeptThreads, 1)
     auto& s = aligned_storage<KeptStorage<Shape>>();
     if (threadIdx.x == 0) {
         for (int i = 0; i < kBlocksAhead; ++i) {
-            mbarrier_init(&s.told[i], 1);
+            mbarrier_init(&s.told[i], 33);  // its lanes' copies, and what it wrote
             mbarrier_init(&s.done[i], kScoreWarps);
         }
         for (uint64_t& scored : s.scored) mbarrier_init(&scored, kScoreWarps);
     }
     for (int i = threadIdx.x / 32; i < 2 * Shape::kTokens; i += kKeptThreads / 32)
-        clear_counts<RowCounts::kCount>(s.counts[i % 2][i / 2].counts);
+        clear_counts<RowCounts<Shape::kDim>::kCount>(s.counts[i % 2][i / 2].counts);
     init_storage(s.score);
     if (threadIdx.x < kScoreThreads) {
         take_registers<kKeptScorerRegisters>();

@@ -43,10 +43,12 @@ void launch(IndexerTopkParams& p, const KeyMaps& maps, const Tensor& like, cudaS
         kernel<<<blocks, threads, kStorageBytes, stream>>>(maps, p);
         check_launch("indexer_topk");
     };
-    if constexpr (Shape::kHeads >= kFewestKeptHeads)
+    if constexpr (Shape::kHeads >= kFewestKeptHeads) {
+        using Kept = IndexerShape<Shape::kHeads, Shape::kDim, false, Division::kByKeysAhead>;
         if (p.width <= p.room)
-            return run(std::type_identity<KeptStorage<Shape>>{}, indexer_topk_kept_kernel<Shape>,
+            return run(std::type_identity<KeptStorage<Kept>>{}, indexer_topk_kept_kernel<Kept>,
                        kKeptThreads);
+    }
     run(std::type_identity<TopkStorage<Shape>>{}, indexer_topk_kernel<Shape>, kIndexerThreads);
 }
 
