@@ -3,9 +3,9 @@
 //
 // Scoring is bound by the sums over heads, selection by latency. Done in turn by the same warps
 // they took 16.9 ms for 64 sequences of 2048 to 14333 tokens (H200, 16 heads x 64); here seven
-// warps do nothing but select, a token at a time, while the scorers are at the next tokens: 12.1,
-// 29% of the limit, FP8 products. For 16 heads and more: with fewer, scores are made so fast that
-// eight warps which do both in turn are sooner done (sm90.cuh).
+// warps do nothing but select, a token at a time, while the scorers are at the next tokens: 11.6 to
+// 12.1, 31% of the limit, FP8 products. For 16 heads and more: with fewer, scores are made so fast
+// that eight warps which do both in turn are sooner done (sm90.cuh).
 //
 // Scorers count what they score, four instructions a score: in 512 bins a token, from four
 // deviations below the mean of its first 128 scores to four above. (Not over their range, which a
@@ -21,8 +21,8 @@
 // others 72: no spills.
 //
 // What is left: scorers wait a tenth of their time for selectors, as rows of more than half the
-// room leave none for the next run, and eight rows are two turns for seven. And power: at 700 W the
-// clock falls; alone, with a cool GPU, a call takes 10.9.
+// room leave none for the next run, and eight rows are two turns for seven. And power: where calls
+// follow each other, the clock falls at 700 W; the fastest call of twenty takes 10.8.
 #pragma once
 
 #include "indexer_topk/rows.cuh"
