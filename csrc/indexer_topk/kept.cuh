@@ -166,15 +166,16 @@ struct RunScorer {
                 mean += moments[t][warp].x, square += moments[t][warp].y;
             const float share = 1.0f / min(max(own.seen[a], 1), kTileKeys);
             mean *= share, square *= share;
-            const float reach = 4.0f * sqrtf(fmaxf(square - mean * mean, 0.0f));
+            const float spread = 4.0f * sqrtf(fmaxf(square - mean * mean, 0.0f));
             auto& row = takes_part ? s.counts[number % 2][t] : s.nowhere;
-            if (threadIdx.x < 4 && takes_part) row.range = {mean - reach, mean + reach};
-            rows.bins[a] = {mean - reach, mean + reach};
+            if (threadIdx.x < 4 && takes_part) row.range = {mean - spread, mean + spread};
+            rows.bins[a] = {mean - spread, mean + spread};
             rows.counts[a] = shared_address(row.counts) - 4 * Bins::kFirst;
         }
     }
 
-    // Stores the scores of a product and counts them, unless they are of the first keys.
+    // Stores the scores of a product and counts them. The first ones are not counted, as there are
+    // no bins yet: selectors do that. Only the last ones may be of keys that not all tokens see.
     enum class Keys { kFirst, kSeenByAll, kLast };
     template <Keys kKeys>
     __device__ void put(const OwnTokens<Shape>& own, const OwnRows& rows, const Scores& scores) {
@@ -255,7 +256,7 @@ struct RunScorer {
             uint32_t scored = block.scored;
             take_all_keys<Shape>(p, block.first_token, scored,
                                  [&](int t) { return block.tokens[t].visible; });
-            fence_proxy_async();  // the queries are there
+            fence_proxy_async();  // the copied queries, before products read them
             scorer.buffer = __shfl_sync(~0u, slot, 0);
             scorer.set_weights([&](int token, int head) { return block.weights[token][head]; });
             while (scored != 0) {
