@@ -160,7 +160,7 @@ __device__ __forceinline__ void copy_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// 9.7.13.15.16 cp.async.mbarrier.arrive: this thread arrives when its copies so far are there.
+// 9.7.13.15 cp.async.mbarrier.arrive: this thread arrives when its copies so far are there.
 __device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
                  : "memory");
