@@ -54,8 +54,9 @@ def verify_prefill(indices, inputs):
     assert torch.equal(indices[-rows:], sorted_rows(scores, topk, None, seen))
 
 
-def prefill_case(tokens: int, length: int, device: torch.device, quick: bool) -> Case:
-    heads, dim = 16, 64
+def prefill_case(
+    tokens: int, length: int, device: torch.device, quick: bool, heads: int = 16, dim: int = 64
+) -> Case:
     peers = {"eager": functools.partial(eager, reference), "logits, topk_select": score_then_select}
     if device.type == "cuda":
         peers["torch.compile"] = functools.partial(eager, compiled(reference))
@@ -71,7 +72,8 @@ def prefill_case(tokens: int, length: int, device: torch.device, quick: bool) ->
         dtype="fp8" if device.type == "cuda" else "fp32",
         quick=quick,
         context=length,
-        series="whole sequence" if tokens == length else f"{tokens} queries",
+        series=("whole sequence" if tokens == length else f"{tokens} queries")
+        + ("" if (heads, dim) == (16, 64) else f", {heads} x {dim}"),
     )
 
 
@@ -164,4 +166,5 @@ def cases(device: torch.device) -> list[Case]:
         decode_case(batch, length, device, True)
         for batch, length in ((1, 32768), (1, 131072), (8, 131072), (64, 8192), (64, 65536))
     ]
+    whole.append(prefill_case(8192, 8192, device, False, heads=32, dim=128))
     return [*prefills, *whole, mixed_case(device), *decodes]

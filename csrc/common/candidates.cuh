@@ -198,11 +198,17 @@ __device__ int sum_before(const Group& group, SelectScratch& s, int own, int& al
     return __reduce_add_sync(~0u, group.lane() < group.warp() ? warp_sum : 0) + inclusive - own;
 }
 
+template <int kCount, class Group>
+__device__ __forceinline__ void clear_counts(const Group& group, uint32_t* counts) {
+#pragma unroll
+    for (int i = 4 * group.thread; i < kCount; i += 4 * Group::kThreads)
+        *reinterpret_cast<uint4*>(counts + i) = {0, 0, 0, 0};
+    group.sync();
+}
+
 template <class Group>
 __device__ __forceinline__ void clear_histogram(const Group& group, SelectScratch& s) {
-    for (int i = 4 * group.thread; i < kBins; i += 4 * Group::kThreads)
-        *reinterpret_cast<uint4*>(s.histogram + i) = {0, 0, 0, 0};
-    group.sync();
+    clear_counts<kBins>(group, s.histogram);
 }
 
 // Which count, in the order of the lanes, reaches `wanted`: its lane, what is left of `wanted`

@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(kKeptThreads, 1)
         for (uint64_t& scored : s.scored) mbarrier_init(&scored, kScoreWarps);
     }
     for (int i = threadIdx.x / 32; i < 2 * Shape::kTokens; i += kKeptThreads / 32)
-        clear_counts<RowCounts<Shape::kDim>::kCount>(s.counts[i % 2][i / 2].counts);
+        clear_counts<RowCounts<Shape::kDim>::kCount>(this_warp(), s.counts[i % 2][i / 2].counts);
     init_storage(s.score);
     if (threadIdx.x < kScoreThreads) {
         take_registers<kKeptScorerRegisters>();

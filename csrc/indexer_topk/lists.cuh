@@ -73,65 +73,77 @@ struct ColumnList {
     }
 };
 
-// Calls f(entries, there) with arrays of kLaneCandidates for all candidates: some entries are not
-// there. A lane copies its own to shared memory, `kAhead` times as many ahead; 0: it waits for
-// them.
+// What a lane has of kRows rows of a list: some entries are not there.
+struct ListStep {
+    static constexpr int kRows = kLaneCandidates / 2;
+    Candidate own[kLaneCandidates];
+    bool there[kLaneCandidates];
+
+    // Row u, number `row` of the list: one entry of each of the lane's columns.
+    __device__ void set(int u, float4 two, int row, int2 counts) {
+        own[2 * u] = {two.x, __float_as_int(two.y)};
+        own[2 * u + 1] = {two.z, __float_as_int(two.w)};
+        there[2 * u] = row < counts.x;
+        there[2 * u + 1] = row < counts.y;
+    }
+};
+
+// Calls f(entries, there) for all candidates of a list without a front. A lane copies its own to
+// shared memory, kAhead steps ahead.
 template <int kAhead, class F>
-__device__ __forceinline__ void for_each_entry(const ColumnList& list, void* stages, const F& f) {
-    constexpr int kRows = kLaneCandidates / 2;
-    constexpr int kRowsAhead = kAhead > 0 ? kAhead * kRows : kRows;
+__device__ __forceinline__ void for_each_ahead(const ColumnList& list, void* stages, const F& f) {
+    constexpr int kRows = ListStep::kRows;
     const int lane = threadIdx.x % 32;
     const uint32_t stage = shared_address(stages) + lane * sizeof(float4);
-#pragma unroll 1
-    for (int part = 0; part < 2; ++part) {
-        const Candidate* entries = (part ? list.entries[1] : list.entries[0]) + lane * 2;
-        const int2 counts = part ? list.counts[1] : list.counts[0];
-        const int rows = part ? list.rows[1] : list.rows[0];
-        const int own_rows = max(counts.x, counts.y);
-        const auto place = [&](int row) { return stage + row % kRowsAhead * kRowBytes; };
-        const auto fetch = [&](int row) {
+    const Candidate* entries = list.entries[1] + lane * 2;
+    const int2 counts = list.counts[1];
+    const int own_rows = max(counts.x, counts.y);
+    const auto place = [&](int row) { return stage + row % (kAhead * kRows) * kRowBytes; };
+    const auto fetch = [&](int row) {
 #pragma unroll
-            for (int u = 0; u < kRows; ++u)
-                if (row + u < own_rows) copy_async(place(row + u), entries + (row + u) * kSegments);
-            copy_async_commit();
-        };
-        if constexpr (kAhead > 0)
+        for (int u = 0; u < kRows; ++u)
+            if (row + u < own_rows) copy_async(place(row + u), entries + (row + u) * kSegments);
+        copy_async_commit();
+    };
 #pragma unroll 1
-            for (int a = 0; a < kAhead; ++a) fetch(a * kRows);
+    for (int a = 0; a < kAhead; ++a) fetch(a * kRows);
 #pragma unroll 1
-        for (int row = 0; row < rows; row += kRows) {
-            Candidate own[kLaneCandidates];
-            bool there[kLaneCandidates];
-            if constexpr (kAhead > 0) copy_async_wait_group<kAhead - 1>();
+    for (int row = 0; row < list.rows[1]; row += kRows) {
+        ListStep step;
+        copy_async_wait_group<kAhead - 1>();
 #pragma unroll
-            for (int u = 0; u < kRows; ++u) {
-                float4 two = {};
-                if constexpr (kAhead > 0) {
-                    two = shared_load_four(place(row + u));
-                } else if (row + u < own_rows) {
-                    two = __ldcg(reinterpret_cast<const float4*>(entries + (row + u) * kSegments));
-                }
-                own[2 * u] = {two.x, __float_as_int(two.y)};
-                own[2 * u + 1] = {two.z, __float_as_int(two.w)};
-                there[2 * u] = row + u < counts.x;
-                there[2 * u + 1] = row + u < counts.y;
-            }
-            f(own, there);
-            if constexpr (kAhead > 0) fetch(row + kAhead * kRows);  // where those were read
-        }
+        for (int u = 0; u < kRows; ++u)
+            step.set(u, shared_load_four(place(row + u)), row + u, counts);
+        f(step.own, step.there);
+        fetch(row + kAhead * kRows);  // where those were read
     }
 }
 
 template <class F>
-__device__ __forceinline__ void for_each(const ThreadGroup<32>&, const ColumnList& list,
+__device__ __forceinline__ void for_each(const ThreadGroup<32>& group, const ColumnList& list,
                                          const F& f) {
-    for_each_entry<0>(list, nullptr, [&](const auto& entries, const auto& there) {
-        uint32_t keys[kLaneCandidates];
+    constexpr int kRows = ListStep::kRows;
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+        const Candidate* entries = (part ? list.entries[1] : list.entries[0]) + group.lane() * 2;
+        const int2 counts = part ? list.counts[1] : list.counts[0];
+        const int rows = part ? list.rows[1] : list.rows[0];
+#pragma unroll 1
+        for (int row = 0; row < rows; row += kRows) {
+            ListStep step;
 #pragma unroll
-        for (int u = 0; u < kLaneCandidates; ++u)
-            keys[u] = there[u] ? order_key(entries[u].score) : 0;
-        f(keys, entries);
-    });
+            for (int u = 0; u < kRows; ++u) {
+                const auto* two = reinterpret_cast<const float4*>(entries + (row + u) * kSegments);
+                const bool there = row + u < max(counts.x, counts.y);
+                step.set(u, there ? __ldcg(two) : float4{}, row + u, counts);
+            }
+            uint32_t keys[kLaneCandidates];
+#pragma unroll
+            for (int u = 0; u < kLaneCandidates; ++u)
+                keys[u] = step.there[u] ? order_key(step.own[u].score) : 0;
+            f(keys, step.own);
+        }
+    }
 }
 
 // Guesses the bound of token t from its sample, by a warp: 1024 equal bins over the sample's range.
@@ -157,10 +169,8 @@ __device__ void guess_bound(const IndexerTopkParams& p, TopkStorage<Shape>& s, i
     range.add_lanes();
     clear_histogram(this_warp(), scratch);
     const EqualBins<kBins> bins(range.low, range.high);
-    const uint32_t histogram = shared_address(scratch.histogram);
-    for_each_two([&](float score, bool there) {
-        shared_add(histogram + (there ? bins.bin(score) : kNoBin) * 4, 1);
-    });
+    for_each_two(
+        [&](float score, bool there) { count_score(bins, scratch.histogram, score, there); });
     __syncwarp();
     const int bin = find_bin(this_warp(), scratch, rank).value;
     if (lane == 0 && bin > 0) s.bound[t] = bins.lower(bin);
@@ -180,7 +190,6 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
     const int warp = threadIdx.x / 32;
     SelectScratch& scratch = s.scratch[warp];
     const EqualBins<kBins> bins(s.bound[t], s.high[t]);
-    const uint32_t histogram = shared_address(scratch.histogram);
     clear_histogram(group, scratch);
     int above = 0;  // without NaN
     using Storage = TopkStorage<Shape>;
@@ -188,11 +197,11 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
 #pragma unroll
         for (int u = 0; u < kLaneCandidates; ++u) {
             const bool counts = there[u] && entries[u].score == entries[u].score;
-            shared_add(histogram + (counts ? bins.bin(entries[u].score) : kNoBin) * 4, 1);
+            count_score(bins, scratch.histogram, entries[u].score, counts);
             above += counts;
         }
     };
-    for_each_entry<Storage::kCountAhead>(list, s.bitmap[warp], count);
+    for_each_ahead<Storage::kCountAhead>(list, s.bitmap[warp], count);
     __syncwarp();
     if (__reduce_add_sync(~0u, above) < p.topk) return Guessed::kTooFew;
     const Cut cut = find_bin(group, scratch, p.topk);
@@ -219,7 +228,7 @@ __device__ Guessed write_guessed(const IndexerTopkParams& p, TopkStorage<Shape>&
                     in_bin[atomicAdd(&scratch.sums[0], 1)] = {
                         order_key(entries[u].score), static_cast<uint32_t>(entries[u].position)};
         };
-        for_each_entry<Storage::kMarkAhead>(
+        for_each_ahead<Storage::kMarkAhead>(
             list, &s.score.keys[0][0][0] + warp * Storage::kKeyBytes, mark_some);
         __syncwarp();
         rank_listed(in_bin, cut.count, cut.wanted, set);

@@ -162,14 +162,6 @@ struct RowWalk {
 template <int kDim>
 using StagedWalk = RowWalk<kDim == 64 ? 16 : 8, 4>;
 
-template <int kCount>
-__device__ __forceinline__ void clear_counts(uint32_t* counts) {
-#pragma unroll
-    for (int i = 4 * (threadIdx.x % 32); i < kCount; i += 128)
-        *reinterpret_cast<uint4*>(counts + i) = {0, 0, 0, 0};
-    __syncwarp();
-}
-
 // Counts a score in its bin. Behind the counts is a word for what is not there.
 template <int kCount>
 __device__ __forceinline__ void count_score(const EqualBins<kCount>& bins, uint32_t* counts,
@@ -367,7 +359,7 @@ __device__ __forceinline__ void mark_set(const KeptRow& row, const EqualBins<kCo
     StagedWalk<kDim> walk(row, stages);
     const auto mark = [&](const EqualBins<kCount>& bins) {
         const Cut cut = find_bin<kCount>(counts, topk);
-        clear_counts<kCount>(counts);
+        clear_counts<kCount>(group, counts);
         bits.mark_bins(walk, bins, cut.value);
         return cut;
     };
@@ -413,7 +405,7 @@ __device__ void select_row(const KeptRow& row, SelectScratch& scratch, uint32_t*
     uint32_t* stages = words + 2 * kMostKeptWords;
     StagedWalk<kDim> walk(row, stages);
     walk.start();
-    clear_counts<kBins>(scratch.histogram);
+    clear_histogram(this_warp(), scratch);
     walk.arrive();
     const auto first = walk.step(0);
     ScoreRange range;

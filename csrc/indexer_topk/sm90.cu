@@ -16,14 +16,20 @@ namespace dsa {
 namespace {
 
 constexpr int64_t kWorkspaceBytes = 60 << 20;
-constexpr int kFewestKeptHeads = 16;  // with fewer, scores are made faster than selected from
+constexpr int kFewestKeptHeads = 16;     // with fewer, scores are made faster than selected from
+constexpr int kFewestKeptTokens = 4096;  // with fewer, two steps are faster
+
+// Entries of a list, if so many tokens have one at a time.
+int32_t list_capacity(int64_t tokens) {
+    const int64_t entries = kWorkspaceBytes / (static_cast<int64_t>(sizeof(Candidate)) * tokens);
+    return static_cast<int32_t>(std::min<int64_t>(entries, kLargestCapacity) / 4 * 4);
+}
 
 template <class Shape>
 void launch(IndexerTopkParams& p, const KeyMaps& maps, const Tensor& like, cudaStream_t stream) {
     p.token_blocks = (p.tokens + Shape::kTokens - 1) / Shape::kTokens;
     const int blocks = std::min(p.token_blocks, num_multiprocessors());
-    const int64_t in_workspace = kWorkspaceBytes / (8 * Shape::kTokens * blocks);
-    p.capacity = static_cast<int32_t>(std::min<int64_t>(in_workspace, kLargestCapacity) / 4 * 4);
+    p.capacity = list_capacity(int64_t{Shape::kTokens} * blocks);
     p.room = kept_columns(p.capacity);
     p.front = (p.topk + 3) / 4 * 4;
     STD_TORCH_CHECK(
@@ -57,25 +63,23 @@ int64_t tokens_with_room(const IndexerTopkParams& p) {
     return kWorkspaceBytes / (sizeof(float) * (int64_t{p.width} + 1));
 }
 
-// The shorter of two times in us, as an H200 takes them (16 x 64, 32 and 64 x 128), if the
-// sequences are as long as they may be: a score and its share of a selection for each pair, and a
-// pair of launches for each matrix; or waves of blocks that walk the keys and select for their
-// tokens.
+// Whether two steps are faster than one. If one step keeps all scores, it is where there are enough
+// tokens to share the multiprocessors evenly, more so if there are many sequences. If not, by the
+// times in us that an H200 takes (16 x 64, 32 and 64 x 128), if the sequences are as long as they
+// may be: a score and its share of a selection for each pair, and a pair of launches for each
+// matrix; or waves of blocks that walk the keys and select for their tokens.
 bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
     if (tokens_with_room(p) == 0) return false;
     const int64_t block = heads <= 16 ? 8 : 128 / heads, wave = num_multiprocessors() * block;
+    const int room = kept_columns(list_capacity(wave));
+    if (heads >= kFewestKeptHeads && p.width <= room) return p.tokens < kFewestKeptTokens;
     const double waves = static_cast<double>((p.tokens + wave - 1) / wave);
     const double keys = std::max(p.num_keys, 1), with_keys = std::min<double>(p.tokens, keys);
     const double visible = p.width * (1 - with_keys / (2 * keys));  // of a token
     const double matrices = static_cast<double>(p.tokens / tokens_with_room(p) + 1);
     const double two_steps = (2.3e-6 + 2.8e-5 / block) * p.tokens * visible + 7 * matrices;
-    const double room = std::min<double>(kWorkspaceBytes / (sizeof(float) * wave), kMostKept);
     double of_wave = 55 + 3.1e-3 * visible;
-    if (heads >= kFewestKeptHeads && p.width <= room) {
-        of_wave = 5e-3 * visible + 2.5e-3 * std::max(visible - 5000, 0.0);
-    } else if (visible <= room) {
-        of_wave = 4.5 + 4.6e-3 * visible + 3.5e-3 * std::max(visible - 8192, 0.0);
-    }
+    if (visible <= room) of_wave = 4.5 + 4.6e-3 * visible + 3.5e-3 * std::max(visible - 8192, 0.0);
     return two_steps < 27 + waves * of_wave;
 }
 
