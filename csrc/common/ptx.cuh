@@ -14,15 +14,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // 9.7.13.1 barrier.sync.aligned: `threads` threads of the block, whole warps, meet at barrier `id`.
 // Lanes that are still apart after a branch come together first. (The form for lanes on their own
-// takes ten instructions more.) Who only arrives does not wait.
+// takes ten instructions more.)
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     __syncwarp();
     asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-    __syncwarp();
-    asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // 9.7.17.5 setmaxnreg: registers a thread of this warpgroup from here on.

@@ -18,7 +18,8 @@
 //
 // One warp loads keys, a lane for each ring, and takes the next tokens from a counter before the
 // scorers are done with the last, so that no one waits for it. Scorers have 184 registers, the
-// others 72: no spills.
+// others 72: no spills. At the barriers between them every thread arrives for itself, as racecheck
+// does not see that a `__syncwarp` before lane 0 orders the others, too.
 //
 // What is left: scorers wait a tenth of their time for selectors, as rows of more than half the
 // room leave none for the next run, and eight rows are two turns for seven. And power: where calls
@@ -35,9 +36,6 @@ constexpr int kKeptThreads = kScoreThreads + kSelectThreads + 32;
 constexpr int kKeptScorerRegisters = 184, kHelperRegisters = 72;  // of 128 at the start
 constexpr int kKeptAtOnce = 2;   // tiles in one stream of products: less code than four
 constexpr int kBlocksAhead = 2;  // of tokens, told by the loader and not yet done with
-
-// Named barriers where scorers wait until the selectors have read a run, for even and odd numbers.
-constexpr int kSyncRead = 2;
 
 // A block of tokens, as the loader tells the scorers, with its queries in shared memory.
 template <class Shape>
@@ -96,7 +94,7 @@ struct alignas(1024) KeptStorage {
     float2 moments[2][Shape::kTokens][4];              // of first scores: their sum, and of squares
     RowCounts<Shape::kDim> nowhere;                    // of tokens that take no part
     uint64_t told[kBlocksAhead], done[kBlocksAhead];   // a block; the scorers with it
-    uint64_t scored[2];                                // a run
+    uint64_t scored[2], read[2];                       // a run; the selectors with its rows
 };
 
 // The scorers' side of the runs.
@@ -111,8 +109,7 @@ struct RunScorer {
 
     // Until the selectors have read all runs before this one.
     __device__ void wait_for(int run) {
-        for (; oldest < run; ++oldest)
-            named_barrier_sync(kSyncRead + oldest % 2, kScoreThreads + kSelectThreads);
+        for (; oldest < run; ++oldest) mbarrier_wait(&s.read[oldest % 2], oldest / 2 % 2);
     }
 
     __device__ void tell(const TokenBlock<Shape>& block, uint32_t tokens) {
@@ -123,8 +120,7 @@ struct RunScorer {
             if (scorer.lane < Shape::kTokens)
                 run.visible[scorer.lane] = block.tokens[scorer.lane].visible;
         }
-        __syncwarp();
-        if (scorer.lane == 0) mbarrier_arrive(&s.scored[number % 2]);
+        mbarrier_arrive(&s.scored[number % 2]);
         ++number;
     }
 
@@ -265,8 +261,7 @@ struct RunScorer {
                 scorer.begin(maps, run);
                 keep(block, run);
             }
-            __syncwarp();
-            if (scorer.lane == 0) mbarrier_arrive(&s.done[slot]);
+            mbarrier_arrive(&s.done[slot]);
         }
     }
 };
@@ -297,8 +292,7 @@ __device__ void select_kept(const IndexerTopkParams& p, KeptStorage<Shape>& s, u
                 place += places;
                 const uint32_t count = __popc(s.run[place / kRun % 2].tokens);  // not held
                 if (place % kRun < count) return;
-                // This run is read.
-                named_barrier_arrive(kSyncRead + place / kRun % 2, kScoreThreads + kSelectThreads);
+                mbarrier_arrive(&s.read[place / kRun % 2]);
                 place += kRun - count;
             };
             if (place % kRun < count) {
@@ -326,8 +320,10 @@ __device__ void select_kept(const IndexerTopkParams& p, KeptStorage<Shape>& s, u
         }
         turn ^= 1;
         MarkedSet& last = own.sets[turn];
-        if (last.words == 0) continue;
-        write_bits(last.better, last.words, own.scratch, last.out);
+        // Lane 0 wrote it, perhaps a moment ago.
+        const int words = __shfl_sync(~0u, threadIdx.x % 32 == 0 ? last.words : 0, 0);
+        if (words == 0) continue;
+        write_bits(last.better, words, own.scratch, last.out);
         if (threadIdx.x % 32 == 0) last.words = 0;
         __syncwarp();
     }
@@ -419,9 +415,12 @@ __global__ void __launch_bounds__(kKeptThreads, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < kBlocksAhead; ++i) {
             mbarrier_init(&s.told[i], 33);  // its lanes' copies, and what it wrote
-            mbarrier_init(&s.done[i], kScoreWarps);
+            mbarrier_init(&s.done[i], kScoreThreads);
         }
-        for (uint64_t& scored : s.scored) mbarrier_init(&scored, kScoreWarps);
+        for (int i = 0; i < 2; ++i) {
+            mbarrier_init(&s.scored[i], kScoreThreads);
+            mbarrier_init(&s.read[i], kSelectThreads);
+        }
     }
     for (int i = threadIdx.x / 32; i < 2 * Shape::kTokens; i += kKeptThreads / 32)
         clear_counts<RowCounts<Shape::kDim>::kCount>(this_warp(), s.counts[i % 2][i / 2].counts);
