@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 from hard_scores import deceptive_rows, hard_rows
+from held_multiprocessors import hold_multiprocessors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from indexer_inputs import e4m3, int32, opcheck, packed, paged
@@ -314,6 +315,44 @@ def test_sequences_of_many_lengths(sequences, longest, heads, dim, topk, width):
         logits = dsa_kernels.indexer_logits(*args, max_seqlen_k=width)
     for rows in torch.arange(len(seen)).split(4096):
         assert_selects_own_scores(indices[rows], logits[rows], topk, seen[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "heads, dim, tokens, length",
+    [
+        (16, 64, 9000, 9000), (16, 64, 5000, 20_000), (32, 128, 5000, 8000), (64, 128, 4500, 6000),
+        (8, 64, 3000, 40_000), (64, 128, 600, 70_000),
+    ],
+)  # fmt: skip
+def test_same_bits_however_called(heads, dim, tokens, length):
+    """A sequence packed among others, alone, in calls of few tokens and of many, which go one step or two, and with few
+    multiprocessors free."""
+    cu_q, cu_k = [0, 300, 300 + tokens, 600 + tokens], [0, 3000, 3000 + length, 4000 + length]
+    q, weights, k, k_scale, *_ = args = packed(cu_q, cu_k, heads, dim, "cuda")
+    with dsa_kernels.use("cuda"):
+        together = select(args, 2048, length)
+        for held in (1, 100, 131):
+            hold_multiprocessors(held)
+            assert torch.equal(select(args, 2048, length), together)
+        for first, last in [(0, tokens), *pairwise([0, 1, 40, tokens // 2, tokens])]:
+            seen = length - tokens + last
+            rows, keys = slice(300 + first, 300 + last), slice(3000, 3000 + seen)
+            cu = int32([0, last - first], "cuda"), int32([0, seen], "cuda")
+            part = (q[rows], weights[rows], k[keys], k_scale[keys], *cu)
+            assert torch.equal(select(part, 2048, length), together[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requests, length", [(1, 131_072), (8, 40_000), (64, 8192)])
+def test_decode_with_few_multiprocessors_free(requests, length):
+    cu_q, lengths = list(range(requests + 1)), [length] * requests
+    args = paged(cu_q, lengths, length // 64 + 1, 16, 64, "cuda")
+    with dsa_kernels.use("cuda"):
+        expected = dsa_kernels.indexer_topk_paged(*args, 2048)
+        for held in (1, 100, 131):
+            hold_multiprocessors(held)
+            assert torch.equal(dsa_kernels.indexer_topk_paged(*args, 2048), expected)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@ import importlib
 import pytest
 import torch
 from hard_scores import deceptive_rows, hard_rows
+from held_multiprocessors import hold_multiprocessors
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -174,6 +175,19 @@ def test_same_bits_whatever_the_batch(tier):
         together = dsa_kernels.topk_select(scores, 100)
         alone = torch.cat([dsa_kernels.topk_select(row[None], 100) for row in scores])
     assert torch.equal(together, alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "rows, width", [(1, 131_072), (64, 131_072), (60, 20_000), (300, 100_000), (2000, 8192)]
+)
+def test_same_bits_with_few_multiprocessors_free(rows, width):
+    scores = torch.randn(rows, width, device="cuda")
+    expected = reference(scores, 2048, None, None)
+    with dsa_kernels.use("cuda"):
+        for held in (1, 100, 131):
+            hold_multiprocessors(held)
+            assert torch.equal(dsa_kernels.topk_select(scores, 2048), expected)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
