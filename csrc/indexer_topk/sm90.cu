@@ -63,11 +63,11 @@ int64_t tokens_with_room(const IndexerTopkParams& p) {
     return kWorkspaceBytes / (sizeof(float) * (int64_t{p.width} + 1));
 }
 
-// Whether two steps are faster than one. If one step keeps all scores, it is where there are enough
-// tokens to share the multiprocessors evenly, more so if there are many sequences. If not, by the
-// times in us that an H200 takes (16 x 64, 32 and 64 x 128), if the sequences are as long as they
-// may be: a score and its share of a selection for each pair, and a pair of launches for each
-// matrix; or waves of blocks that walk the keys and select for their tokens.
+// Whether two steps are faster than one. One that keeps all scores only loses for few tokens; else
+// the shorter of two times in us, as an H200 takes them (16 x 64, 32 and 64 x 128), if the
+// sequences are as long as they may be: a score and its share of a selection for each pair, and a
+// pair of launches for each matrix; or waves of blocks that walk the keys and select for their
+// tokens.
 bool in_two_steps(const IndexerTopkParams& p, int64_t heads) {
     if (tokens_with_room(p) == 0) return false;
     const int64_t block = heads <= 16 ? 8 : 128 / heads, wave = num_multiprocessors() * block;
