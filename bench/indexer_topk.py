@@ -162,9 +162,9 @@ def cases(device: torch.device) -> list[Case]:
         ]
     prefills = [prefill_case(2048, n, device, True) for n in (8192, 32768, 131072)]
     whole = [prefill_case(n, n, device, False) for n in (8192, 131072)]
+    whole.append(prefill_case(8192, 8192, device, False, heads=32, dim=128))
     decodes = [
         decode_case(batch, length, device, True)
         for batch, length in ((1, 32768), (1, 131072), (8, 131072), (64, 8192), (64, 65536))
     ]
-    whole.append(prefill_case(8192, 8192, device, False, heads=32, dim=128))
     return [*prefills, *whole, mixed_case(device), *decodes]

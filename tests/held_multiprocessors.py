@@ -4,9 +4,11 @@ import functools
 
 import numpy
 import pytest
+import torch
 
 SOURCE = r"""
-extern "C" __global__ void hold(long long cycles) {
+extern "C" __global__ void hold(volatile int* is_held, long long cycles) {
+    if (threadIdx.x == 0) is_held[blockIdx.x] = 1;
     const long long start = clock64();
     while (clock64() - start < cycles) {
     }
@@ -25,7 +27,12 @@ def hold_kernel():
 
 
 def hold_multiprocessors(count):
-    """For about 3 ms from now on, `count` multiprocessors (of the 132 of an H200) have no shared memory to give."""
+    """Returns when `count` multiprocessors (of the 132 of an H200) have no shared memory to give, for about 3 ms."""
     kernel, stream = hold_kernel()
+    torch.cuda.synchronize()  # what was held before is free, and nothing is in the way
+    is_held = torch.zeros(count, dtype=torch.int32, pin_memory=True)
     with stream:
-        kernel((count,), (32,), (numpy.int64(CYCLES),), shared_mem=SHARED_BYTES)
+        arguments = (numpy.uint64(is_held.data_ptr()), numpy.int64(CYCLES))
+        kernel((count,), (32,), arguments, shared_mem=SHARED_BYTES)
+    while not is_held.all():
+        pass

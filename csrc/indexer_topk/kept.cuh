@@ -18,8 +18,8 @@
 //
 // One warp loads keys, a lane for each ring, and takes the next tokens from a counter before the
 // scorers are done with the last, so that no one waits for it. Scorers have 184 registers, the
-// others 72: no spills. At the barriers between them every thread arrives for itself, as racecheck
-// does not see that a `__syncwarp` before lane 0 orders the others, too.
+// others 72: no spills. At mbarriers between them scorers and selectors arrive each for itself, as
+// racecheck does not see that a `__syncwarp` before lane 0 orders the others, too.
 //
 // What is left: scorers wait a tenth of their time for selectors, as rows of more than half the
 // room leave none for the next run, and eight rows are two turns for seven. And power: where calls
