@@ -32,9 +32,10 @@ __device__ __forceinline__ void take_registers() {
 }
 
 // 9.7.13.4 barrier.cluster: all threads of the cluster meet; between arrival and wait they need not
-// stand still.
+// stand still. Of what was written before it only mbarriers, by their fence, are sure to be there:
+// a release would be a MEMBAR of the whole GPU.
 __device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_wait() {
@@ -54,17 +55,36 @@ __device__ __forceinline__ int cluster_size() {
     return size;
 }
 
-// 9.7.9.23 mapa and 9.7.9.8 ld: two words of the shared memory of block `rank` of the cluster,
-// where this block has `words`.
-__device__ __forceinline__ uint2 cluster_load(const uint32_t* words, int rank) {
-    uint2 value;
+// 9.7.9.23 mapa and 9.7.9.12 st.async: a word, or four, into the shared memory of block `rank` of
+// the cluster, where this block has `words`. The barrier that expects the bytes is where this block
+// has `barrier`; who waits there sees them. (To acquire from the cluster would only empty L1, where
+// no shared memory is.)
+__device__ __forceinline__ void cluster_push(uint32_t* words, uint32_t value, int rank,
+                                             uint64_t* barrier) {
     asm volatile(
-        "{ .reg .b32 address; mapa.shared::cluster.u32 address, %2, %3; "
-        "ld.shared::cluster.v2.u32 {%0, %1}, [address]; }"
-        : "=r"(value.x), "=r"(value.y)
-        : "r"(shared_address(words)), "r"(rank)
+        "{ .reg .b32 address, signal; mapa.shared::cluster.u32 address, %0, %2; "
+        "mapa.shared::cluster.u32 signal, %1, %2; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 "
+        "[address], %3, [signal]; }" ::"r"(shared_address(words)),
+        "r"(shared_address(barrier)), "r"(rank), "r"(value)
         : "memory");
-    return value;
+}
+
+__device__ __forceinline__ void cluster_push(uint32_t* words, uint4 value, int rank,
+                                             uint64_t* barrier) {
+    asm volatile(
+        "{ .reg .b32 address, signal; mapa.shared::cluster.u32 address, %0, %2; "
+        "mapa.shared::cluster.u32 signal, %1, %2; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+        "[address], {%3, %4, %5, %6}, [signal]; }" ::"r"(shared_address(words)),
+        "r"(shared_address(barrier)), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z),
+        "r"(value.w)
+        : "memory");
+}
+
+// 9.7.9.15 prefetch: asks for a line that will be written, so that its page has been looked up.
+__device__ __forceinline__ void look_up_page(const void* line) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
 }
 
 // 9.7.13.13 griddepcontrol.wait: until the kernels before this one, if it was launched to start

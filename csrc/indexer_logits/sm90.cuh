@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kIndexerThreads, 1)
     indexer_logits_kernel(const __grid_constant__ KeyMaps maps,
                           const __grid_constant__ IndexerLogitsParams p) {
     auto& s = aligned_storage<LogitsStorage<Shape>>();
-    if (threadIdx.x == kScoreThreads) prefetch_tensor_map(maps.keys);
+    if (threadIdx.x == kScoreThreads) prefetch_tensor_map(maps.keys), look_up_page(p.out);
     init_storage(s.score);
     wait_for_kernels_before();
     take_share(p, s);

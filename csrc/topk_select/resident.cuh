@@ -4,12 +4,16 @@
 // A row's columns go to the blocks in order, to the threads of a block in order. A key is the
 // complement of the score's order: the best is the smallest. Three digits, of 11, 11 and 10 bits,
 // find the topk-th, or the first ones if their bin belongs as a whole: each block counts its keys,
-// and the one digit of the cluster's counts is found from sums of 32 bins, read from all blocks,
-// then from the 32 bins of one of them; every block comes to the same result, one meeting of the
-// cluster a digit. The first digit is counted while the row arrives. Then every thread knows how
-// many members lie before its columns, those that only equal the cut included, and puts its own in
-// order into shared memory, from where they leave side by side: no sort, no list. (Equal counts in
-// one bin are one instruction: equal scores do not queue up.)
+// and the one digit of the cluster's counts is found from sums of 32 bins, which every block sends
+// to all, then from the 32 bins of one such sum; all come to the same result. The first digit is
+// counted while the row arrives. Then every thread knows how many members lie before its columns,
+// those that only equal the cut included, and puts its own in order into shared memory, from where
+// they leave side by side: no sort, no list. (Equal counts in one bin are one instruction: equal
+// scores do not queue up.)
+//
+// Blocks do not read each other's memory. What they send is counted by mbarriers of the receiver,
+// and they meet once, when these are there. (A meeting after which they could read is a MEMBAR of
+// the whole GPU and empties L1 on its way.)
 //
 // A thread's columns are neighbours: one scan a row orders the members, of which it keeps two bits
 // a column, whether it lies before the cut and whether it equals that. In shared memory its columns
@@ -17,15 +21,12 @@
 // Where the shared memory of all blocks does not hold all rows at once, the first ones of a
 // thread's vectors stay in its registers.
 //
-// Bound by latency: four meetings of the cluster and six reads of other blocks' memory that wait
-// for each other; every warp searches the counts, and nothing waits for one of them. Measured on an
-// H200: 12.0 us for one row of 131072 with 16 blocks, 33.5 for 64 with 2, a third of them in
-// registers.
+// Bound by latency: five or seven times a block waits for what all send; every warp searches the
+// counts, and nothing waits for one of them. Measured on an H200: 12.0 us for one row of 131072
+// with 16 blocks, 33.5 for 64 with 2, a third of them in registers.
 #pragma once
 
 #include <cuda_bf16.h>
-
-#include <cstddef>
 
 #include "common/candidates.cuh"
 #include "topk_select/row.cuh"
@@ -61,17 +62,40 @@ struct alignas(16) ResidentStorage {
     struct Histogram {
         uint32_t bins[kDigitBins];
         uint32_t others[4];                   // keys of no bin
-        uint32_t groups[kBinGroups];          // sums of 32 bins
-        uint32_t cluster_groups[kBinGroups];  // the same of all blocks,
+        uint32_t cluster_groups[kBinGroups];  // sums of 32 bins, of all blocks,
         uint32_t cluster_bins[32];            // and the bins of the group that matters
     };
     union {
         Histogram digits[kDigits];
         int32_t chosen[kMostTopk];  // afterwards: the block's members
     };
-    uint32_t all_members[2];           // keys before the cut, keys equal to it
-    uint32_t members[kResidentWarps];  // the same of each warp, the second above kBeforeBits
-    alignas(16) uint4 keys[];          // of the block's columns
+    // What a block sends to all, itself included.
+    struct alignas(16) Sent {
+        uint32_t groups[2][kBinGroups];    // sums of 32 bins, of one digit and of the next
+        uint32_t bins[2][32];              // of one such sum
+        uint32_t members[kResidentWarps];  // of each warp the keys before the cut and, above
+                                           // kBeforeBits, those equal to it
+    };
+    uint64_t groups_are_here[kDigits], bins_are_here[kDigits], members_are_here;  // mbarriers
+    Sent received[];  // of each block; behind them the keys of this one's columns
+
+    __host__ __device__ static int bytes(int blocks, int keys) {
+        return sizeof(ResidentStorage) + blocks * sizeof(Sent) + keys * sizeof(uint32_t);
+    }
+
+    // By one thread, before any block sends.
+    __device__ void init_barriers(int blocks) {
+        const auto expect = [&](uint64_t* barrier, int words) {
+            mbarrier_init(barrier, 1);
+            mbarrier_arrive_expect(barrier, blocks * words * sizeof(uint32_t));
+        };
+        for (int digit = 0; digit < kDigits; ++digit) {
+            expect(&groups_are_here[digit], kBinGroups);
+            expect(&bins_are_here[digit], 32);
+        }
+        expect(&members_are_here, kResidentWarps);
+        fence_mbarrier_init();
+    }
 };
 
 // A block's columns: `vectors` of four a thread, of which the first ones may be held in registers.
@@ -107,7 +131,8 @@ struct Resident {
     const int blocks = cluster_size();
     const Slice slice{row.end, blocks, kHeld};
     const int first = rank * slice.columns();  // this block's first one
-    uint4* own = s.keys + threadIdx.x * slice.stride(kHeld);
+    uint4* keys = reinterpret_cast<uint4*>(s.received + blocks);
+    uint4* own = keys + threadIdx.x * slice.stride(kHeld);
     const ThreadGroup<kResidentThreads> group{static_cast<int>(threadIdx.x), 0};
     uint4 held[kHeld > 0 ? kHeld : 1];
 
@@ -178,7 +203,7 @@ struct Resident {
 #pragma unroll
                 for (int v = 0; v < kVector; v += 4) {
                     const int four = (i * kVector + v) / 4;
-                    s.keys[four + __umulhi(four, gaps)] =
+                    keys[four + __umulhi(four, gaps)] =
                         keys_of(vector[u].value + v, column_of(with_held(i)) + v);
                 }
             }
@@ -212,7 +237,7 @@ struct Resident {
     // A key that, with all before it and the first of those equal to it, makes up `wanted`: of all
     // digits, or of fewer if a bin belongs as a whole.
     __device__ Cut find_cut(int wanted) {
-        Cut cut = find_bin(s.digits[0], wanted);
+        Cut cut = find_bin(0, wanted);
         int shift = 32 - kDigitBits;
         cut.value <<= shift;
 #pragma unroll 1
@@ -229,32 +254,47 @@ struct Resident {
                 if (digit == kDigits - 1 && first_bin == kDigitBins) return;  // most of them
                 for (uint32_t b : {bins.x, bins.y, bins.z, bins.w}) count(s.digits[digit], b);
             });
-            const Cut bin = find_bin(s.digits[digit], cut.wanted);
+            const Cut bin = find_bin(digit, cut.wanted);
             cut = {cut.value + (bin.value << shift), bin.wanted, bin.count};
         }
         return cut;
     }
 
     // The bin of the cluster's counts that reaches `wanted`.
-    __device__ Cut find_bin(ResidentStorage::Histogram& h, int wanted) {
+    __device__ Cut find_bin(int digit, int wanted) {
+        auto& h = s.digits[digit];
+        auto& groups = s.received->groups[digit % 2];
+        auto& bins = s.received->bins[digit % 2];
         __syncthreads();
-        sum_groups(h);
-        cluster_arrive();
-        cluster_wait();
-        const Cut outer = reach(sum_blocks(h.groups, h.cluster_groups, kBinGroups), wanted);
-        const Cut inner =
-            reach(sum_blocks(h.bins + 32 * outer.value, h.cluster_bins, 32), outer.wanted);
+        if (digit == 0) cluster_wait();  // all barriers are there
+        const auto* fours = reinterpret_cast<const uint4*>(h.bins);
+        send_groups(fours[threadIdx.x], groups, &s.groups_are_here[digit]);
+        mbarrier_wait(&s.groups_are_here[digit], 0);
+        const Cut outer = reach(sum_blocks(groups, h.cluster_groups), wanted);
+        if (const int to = threadIdx.x / 8, four = threadIdx.x % 8; to < blocks)
+            cluster_push(of_block(bins, rank) + 4 * four, fours[8 * outer.value + four], to,
+                         &s.bins_are_here[digit]);
+        mbarrier_wait(&s.bins_are_here[digit], 0);
+        const Cut inner = reach(sum_blocks(bins, h.cluster_bins), outer.wanted);
         return {32 * outer.value + inner.value, inner.wanted, inner.count};
     }
 
-    // Sums of 32 bins: four a warp, of eight lanes each.
-    __device__ void sum_groups(ResidentStorage::Histogram& h) {
+    // Where block `rank` has sent what `counts` are of the first one.
+    template <int n>
+    __device__ static uint32_t* of_block(uint32_t (&counts)[n], int rank) {
+        return counts + rank * (sizeof(ResidentStorage::Sent) / sizeof(uint32_t));
+    }
+
+    // Sums of 32 bins, eight lanes' fours, to all blocks.
+    __device__ void send_groups(uint4 four, uint32_t (&groups)[kBinGroups], uint64_t* barrier) {
         static_assert(kDigitBins == 4 * kResidentThreads);
-        const uint4 four = reinterpret_cast<const uint4*>(h.bins)[threadIdx.x];
         uint32_t sum = four.x + four.y + four.z + four.w;
 #pragma unroll
         for (int lanes = 1; lanes < 8; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-        if (threadIdx.x % 8 == 0) h.groups[threadIdx.x / 8] = sum;
+        const uint4 sums{__shfl_sync(~0u, sum, 0), __shfl_sync(~0u, sum, 8),
+                         __shfl_sync(~0u, sum, 16), __shfl_sync(~0u, sum, 24)};
+        if (group.lane() < blocks)
+            cluster_push(of_block(groups, rank) + 4 * group.warp(), sums, group.lane(), barrier);
     }
 
     // This lane's two of n counts.
@@ -263,11 +303,12 @@ struct Resident {
         return i < n ? uint2{counts[i], counts[i + 1]} : uint2{0, 0};
     }
 
-    // The same of their sums over the cluster; every warp adds the counts of a block.
-    __device__ uint2 sum_blocks(const uint32_t* counts, uint32_t* sums, int n) {
+    // The same of their sums over the blocks; every warp adds the counts of one.
+    template <int n>
+    __device__ uint2 sum_blocks(uint32_t (&counts)[n], uint32_t (&sums)[n]) {
         const int i = 2 * group.lane();
         if (group.warp() < blocks && i < n) {
-            const uint2 two = cluster_load(counts + i, group.warp());
+            const uint2 two = two_of(of_block(counts, group.warp()), n);
             shared_add(shared_address(sums + i), two.x);
             shared_add(shared_address(sums + i + 1), two.y);
         }
@@ -328,24 +369,26 @@ struct Resident {
             own_marks(i) = marks;
         }
         const uint32_t up_to = sum_up_to(static_cast<int>(members));
-        if (group.lane() == 31) {
-            s.members[group.warp()] = up_to;
-            shared_add(shared_address(s.all_members), up_to & kBefore);
-            shared_add(shared_address(s.all_members + 1), up_to >> kBeforeBits);
-        }
-        uint32_t before = 0, equal = 0;  // members of the blocks, then of the threads before this
-        cluster_arrive();
-        cluster_wait();
-        if (group.lane() < rank) {
-            const uint2 all = cluster_load(s.all_members, group.lane());
-            before = all.x, equal = all.y;
+        const uint32_t all_of_warp = __shfl_sync(~0u, up_to, 31);
+        if (group.lane() < blocks)
+            cluster_push(&s.received[rank].members[group.warp()], all_of_warp, group.lane(),
+                         &s.members_are_here);
+        mbarrier_wait(&s.members_are_here, 0);
+        uint32_t before = 0, equal = 0;  // members of the blocks before this: half a block a lane
+        if (const int block = group.lane() / 2; block < rank) {
+            const uint32_t* half =
+                s.received[block].members + group.lane() % 2 * kResidentWarps / 2;
+#pragma unroll
+            for (int i = 0; i < kResidentWarps / 2; ++i)
+                before += half[i] & kBefore, equal += half[i] >> kBeforeBits;
         }
         before = __reduce_add_sync(~0u, before), equal = __reduce_add_sync(~0u, equal);
         // Where the member goes that `of_block` of the block's come before.
         const auto place = [&](uint32_t of_block) {
             return before + (of_block & kBefore) + min(equal + (of_block >> kBeforeBits), wanted);
         };
-        const uint32_t of_warp = group.lane() < kResidentWarps ? s.members[group.lane()] : 0;
+        const uint32_t of_warp =
+            group.lane() < kResidentWarps ? s.received[rank].members[group.lane()] : 0;
         const uint32_t earlier =
             __reduce_add_sync(~0u, group.lane() < group.warp() ? of_warp : 0) + up_to - members;
         const uint32_t begin = place(0), end = place(__reduce_add_sync(~0u, of_warp));
@@ -366,12 +409,10 @@ struct Resident {
         for (int i = 0; i < kHeld; i += 8) put(held_marks[i / 8], 4 * min(kHeld - i, 8));
 #pragma unroll 1
         for (int i = 0; 8 * i < shared; ++i) put(own_marks(i), 32);
-        cluster_arrive();  // this block has read what it wants of others
         __syncthreads();
 #pragma unroll 1
         for (uint32_t i = begin + threadIdx.x; i < end; i += kResidentThreads)
             row.out[i] = s.chosen[i - begin];
-        cluster_wait();
     }
 };
 
@@ -381,19 +422,22 @@ __global__ void __launch_bounds__(kResidentThreads, kHeld > 0 ? 1 : 3)
     extern __shared__ __align__(16) uint8_t shared[];
     ResidentStorage& s = *reinterpret_cast<ResidentStorage*>(shared);
     constexpr int kFirst = sizeof(ResidentStorage::Histogram) / 16;
-    constexpr int kClear = (offsetof(ResidentStorage, members) + 15) / 16;
+    constexpr int kClear = sizeof(ResidentStorage::digits) / 16;
     const auto clear = [&](int first, int end) {
 #pragma unroll 1
         for (int i = first + threadIdx.x; i < end; i += kResidentThreads)
             reinterpret_cast<uint4*>(shared)[i] = {0, 0, 0, 0};
     };
+    const int blocks = cluster_size(), rank = cluster_rank();
+    if (threadIdx.x == 0) s.init_barriers(blocks);
+    cluster_arrive();
     clear(0, kFirst);
     wait_for_kernels_before();
-    const int blocks = cluster_size(), rank = cluster_rank();
     const Row<T> row(p, blockIdx.x / blocks);
     const int thread = rank * kResidentThreads + threadIdx.x;
     if (row.take_all(p.topk, thread, blocks * kResidentThreads)) return;
     Resident<T, kHeld> resident{row, s};
+    if (threadIdx.x == 0) look_up_page(row.out);
     resident.load([&] {
         clear(kFirst, kClear);
         __syncthreads();

@@ -27,8 +27,8 @@ Slice slice_of(int width, Sharing sharing) {
 }
 
 int resident_bytes(int width, Sharing sharing) {
-    const int keys = kResidentThreads * slice_of(width, sharing).stride(sharing.held);
-    return sizeof(ResidentStorage) + sizeof(uint4) * keys;
+    const int keys = 4 * kResidentThreads * slice_of(width, sharing).stride(sharing.held);
+    return ResidentStorage::bytes(sharing.blocks, keys);
 }
 
 template <typename T, int kHeld>
