@@ -3,7 +3,7 @@
 //
 // Scoring is bound by the sums over heads, selection by latency. Done in turn by the same warps
 // they took 16.9 ms for 64 sequences of 2048 to 14333 tokens (H200, 16 heads x 64); here seven
-// warps do nothing but select, a token at a time, while the scorers are at the next tokens: 11.4 to
+// warps do nothing but select, a token at a time, while the scorers are at the next tokens: 11.3 to
 // 12.1, 31% of the limit, FP8 products. For 16 heads and more: with fewer, scores are made so fast
 // that eight warps which do both in turn are sooner done (sm90.cuh).
 //
