@@ -21,7 +21,7 @@
 // Where the shared memory of all blocks does not hold all rows at once, the first ones of a
 // thread's vectors stay in its registers.
 //
-// Bound by latency: five or seven times a block waits for what all send; every warp searches the
+// Bound by latency: up to seven times a block waits for what all send; every warp searches the
 // counts, and nothing waits for one of them. Measured on an H200: 11.6 us for one row of 131072
 // with 16 blocks, 32.2 for 64 with 2, a third of them in registers.
 #pragma once
