@@ -21,9 +21,10 @@
 // others 72: no spills. At mbarriers between them scorers and selectors arrive each for itself, as
 // racecheck does not see that a `__syncwarp` before lane 0 orders the others, too.
 //
-// What is left: scorers wait a tenth of their time for selectors, as rows of more than half the
-// room leave none for the next run, and eight rows are two turns for seven. And power: where calls
-// follow each other, the clock falls at 700 W; the fastest call of twenty takes 10.7.
+// Scorers wait a tenth of their time for selectors, as rows of more than half the room leave none
+// for the next run, and eight rows are two turns for seven; but shorter waits brought nothing
+// (docs/LOG.md). Suspected: issue slots, 58% of them used, and power: where calls follow each
+// other, the clock falls at 700 W; the fastest call of twenty takes 10.7.
 #pragma once
 
 #include "indexer_topk/rows.cuh"

@@ -79,7 +79,7 @@ struct alignas(16) ResidentStorage {
     uint64_t groups_are_here[kDigits], bins_are_here[kDigits], members_are_here;  // mbarriers
     Sent received[];  // of each block; behind them the keys of this one's columns
 
-    __host__ __device__ static int bytes(int blocks, int keys) {
+    __host__ __device__ static constexpr int bytes(int blocks, int keys) {
         return sizeof(ResidentStorage) + blocks * sizeof(Sent) + keys * sizeof(uint32_t);
     }
 
@@ -103,15 +103,15 @@ struct Slice {
     int vectors;
 
     // The columns of a block, if a cluster of `blocks` shares so many; some more than are held.
-    __host__ __device__ Slice(int columns, int blocks, int held)
+    __host__ __device__ constexpr Slice(int columns, int blocks, int held)
         : vectors((columns + kSliceColumns * blocks - 1) / (kSliceColumns * blocks)) {
         if (held > 0 && vectors < held + 2) vectors = held + 2;
     }
 
-    __host__ __device__ int columns() const { return vectors * kSliceColumns; }
+    __host__ __device__ constexpr int columns() const { return vectors * kSliceColumns; }
     // In shared memory, of a thread: vectors, and from one thread's to the next one's.
-    __host__ __device__ int shared(int held) const { return vectors - held; }
-    __host__ __device__ int stride(int held) const { return shared(held) | 1; }
+    __host__ __device__ constexpr int shared(int held) const { return vectors - held; }
+    __host__ __device__ constexpr int stride(int held) const { return shared(held) | 1; }
 };
 
 // kHeld: vectors of a thread that stay in registers; of fp32 rows only.
